@@ -1,0 +1,209 @@
+"""Kernel function -> PTX (Numba) -> cubin (the driver's linker or ptxas), with a disk cache; the only file that knows
+the compiler.
+
+Cache entries are keyed by the kernel's key (kernel, config, dtype), the architecture, the versions of the tools and a
+fingerprint of the sources in this folder. An entry holds its own checksum: a missing, truncated or garbled file means
+a recompute, and so does a cache directory that cannot be written. Entries appear by an atomic rename, so any number
+of processes may build the same kernel at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import DeviceError, MissingDependencyError
+
+__all__ = ["Cubin", "arch_of", "build", "cache_dir", "compile_ptx", "find_tool", "ptxas_assemble"]
+
+_MAGIC = b"shflnb-cubin-1\n"
+_COMPILE_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """An assembled kernel: the entry point's name and the machine code for one architecture."""
+
+    name: str
+    arch: str
+    code: bytes
+    from_cache: bool = False
+
+
+def arch_of(capability: tuple[int, int], kernel: str) -> str:
+    """Target of a kernel on a device: "sm_90a" for wgmma kernels, plain "sm_XY" for the portable ones."""
+    return f"sm_{capability[0]}{capability[1]}" + ("a" if kernel == "sm90" else "")
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: $SHFLNB_CACHE_DIR, or the user's cache directory."""
+    given = os.environ.get("SHFLNB_CACHE_DIR")
+    if given:
+        return Path(given) / "kernels"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("shflnb")) / "kernels"
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Digest of the kernel sources and of the versions of every tool that shapes the machine code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if not path.name.startswith("spmm_cpu"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    names = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink",
+             "nvidia-cuda-nvcc")  # fmt: skip
+    for name in names:
+        try:
+            digest.update(f"{name}={metadata.version(name)};".encode())
+        except metadata.PackageNotFoundError:
+            digest.update(f"{name}=none;".encode())
+    return digest.hexdigest()
+
+
+def _cache_path(key: str, arch: str) -> Path:
+    digest = hashlib.sha256(f"{key}|{arch}|{_fingerprint()}".encode()).hexdigest()
+    return cache_dir() / digest[:2] / f"{digest}.cubin"
+
+
+def _read_cache(path: Path, arch: str) -> Cubin | None:
+    try:
+        blob = path.read_bytes()
+    except OSError:
+        return None
+    if not blob.startswith(_MAGIC) or len(blob) < len(_MAGIC) + 32:
+        return None
+    checksum, body = blob[len(_MAGIC) : len(_MAGIC) + 32], blob[len(_MAGIC) + 32 :]
+    if hashlib.sha256(body).digest() != checksum:
+        return None
+    head, _, code = body.partition(b"\n")
+    return Cubin(json.loads(head)["name"], arch, code, from_cache=True)
+
+
+def _write_cache(path: Path, cubin: Cubin) -> None:
+    body = json.dumps({"name": cubin.name}).encode() + b"\n" + cubin.code
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
+            os.replace(temporary, path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError:
+        pass  # a cache that cannot be written costs a compile at the next start, nothing else
+
+
+def compile_ptx(
+    kernel: Callable[..., Any], signature: Sequence[Any], arch: str, name: str, threads: int, blocks_per_sm: int = 1
+) -> str:
+    """PTX of a kernel function for `arch` ("sm_90a", ...), with the entry point renamed to `name`. Needs no GPU."""
+    try:
+        from numba import cuda
+        from numba.cuda import types
+    except ImportError as error:
+        raise MissingDependencyError(
+            "numba-cuda is needed to compile GPU kernels; install shflnb[cu13] (or shflnb[cu12])"
+        ) from error
+    digits = arch[3:].rstrip("a")
+    capability: tuple[Any, ...] = (int(digits[:-1]), int(digits[-1]))
+    if arch.endswith("a"):
+        capability += ("a",)
+    with _target_device(capability):
+        ptx, _ = cuda.compile(
+            kernel, types.void(*signature), cc=capability, device=False, abi="numba", fastmath=False,
+            launch_bounds=(threads, blocks_per_sm),
+        )  # fmt: skip
+    match = re.search(r"\.entry\s+(\S+?)\(", ptx)
+    if match is None:
+        raise DeviceError(f"Numba gave no entry point for {name}; please report this with `shflnb doctor`")
+    return ptx.replace(match.group(1), name)
+
+
+@contextlib.contextmanager
+def _target_device(capability: tuple[Any, ...]) -> Iterator[None]:
+    """Have Numba compile device functions for the target instead of asking the current device, which may not exist.
+
+    `cuda.compile` takes the target for the kernel, but numba-cuda 0.30 types calls to `@cuda.jit(device=True)` functions
+    against `get_current_device()`, which creates a context or fails without a GPU.
+    """
+    from numba.cuda import dispatcher
+
+    with _COMPILE_LOCK:
+        original = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = original
+
+
+def find_tool(tool: str) -> str | None:
+    """Path of a CUDA program (ptxas, cuobjdump, nvdisasm): the installed wheels first, then PATH."""
+    try:
+        for distribution in ("nvidia-cuda-nvcc", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"):
+            for file in metadata.files(distribution) or ():
+                if file.name == tool:
+                    path = Path(str(file.locate()))
+                    if path.exists():
+                        return str(path)
+    except metadata.PackageNotFoundError:
+        pass
+    return shutil.which(tool)
+
+
+def ptxas_assemble(ptx: str, arch: str) -> tuple[bytes, str]:
+    """Assemble with ptxas: (cubin, the text of `ptxas -v`: registers, spills, stack). Needs no GPU."""
+    program = find_tool("ptxas")
+    if program is None:
+        raise MissingDependencyError("ptxas was not found; install nvidia-cuda-nvcc or the CUDA toolkit")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        done = subprocess.run(
+            [program, f"-arch={arch}", "-v", str(source), "-o", str(target)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise DeviceError(f"ptxas refused the kernel for {arch}: {done.stderr.strip()[:2000]}")
+        return target.read_bytes(), done.stderr
+
+
+def _assemble(ptx: str, arch: str) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    return bytes(Program(ptx, "ptx", ProgramOptions(arch=arch)).compile("cubin").code)
+
+
+def build(
+    key: str,
+    make: Callable[[], Callable[..., Any]],
+    signature: Callable[[], Sequence[Any]],
+    arch: str,
+    name: str,
+    threads: int,
+    blocks_per_sm: int = 1,
+) -> Cubin:
+    """The cubin of a kernel: from the disk cache, or compiled and remembered. `make` and `signature` run only to compile."""
+    path = _cache_path(key, arch)
+    cubin = _read_cache(path, arch)
+    if cubin is None:
+        ptx = compile_ptx(make(), signature(), arch, name, threads, blocks_per_sm)
+        cubin = Cubin(name, arch, _assemble(ptx, arch))
+        _write_cache(path, cubin)
+    return cubin

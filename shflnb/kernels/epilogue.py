@@ -1,0 +1,158 @@
+"""What every product kernel does with its results: bias, activation, residual, and the store of 8 columns of a row.
+
+Device functions, built per dtype and epilogue. The value is `activation(acc + bias)` in float32, rounded once to the
+output dtype; a residual is then added in float32 and the sum rounded again, as `F.linear(...) + residual` rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from .ptx import (
+    div_u32,
+    instruction,
+    ld_global_nc_f32,
+    ld_global_u16,
+    ld_global_v4,
+    pack_pair,
+    st_global_u16,
+    st_global_v4,
+    unpack_high,
+    unpack_low,
+)
+
+__all__ = ["ALIGNED", "BIAS_F32", "HAS_BIAS", "HAS_RESIDUAL", "locate_tile", "make_activation", "make_load_bias",
+           "make_store_chunk"]  # fmt: skip
+
+u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
+
+# bits of the kernels' `flags` argument
+ALIGNED = 1  # out (and residual) rows start at 16-byte boundaries: whole chunks are stored 16 bytes at a time
+HAS_BIAS = 2
+BIAS_F32 = 4  # bias is float32; otherwise of the dtype of x
+HAS_RESIDUAL = 8
+
+NO_ROW = 0xFFFFFFFF  # place of a row that the short last group does not have
+
+
+# One asm block each: written in Python, 128 inlined copies are more than the optimiser unrolls, and the accumulators go to
+# local memory. erfc(z) = t (a1 + t (a2 + ...)) exp(-z*z), t = 1 / (1 + p z): Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7.
+_gelu = instruction(
+    "x * Phi(x), the exact (erf) form of GELU to about 2e-7.",
+    "{ .reg .f32 z, t, c, e; .reg .pred s; abs.f32 z, $1; mul.f32 z, z, 0f3F3504F3; fma.rn.f32 t, z, 0f3EA7BA05, 0f3F800000; "
+    "rcp.approx.f32 t, t; fma.rn.f32 c, t, 0f3F87DC22, 0fBFBA00E3; fma.rn.f32 c, c, t, 0f3FB5F0E3; "
+    "fma.rn.f32 c, c, t, 0fBE91A98E; fma.rn.f32 c, c, t, 0f3E827906; mul.f32 c, c, t; mul.f32 e, z, z; "
+    "mul.f32 e, e, 0fBFB8AA3B; ex2.approx.f32 e, e; mul.f32 c, c, e; mul.f32 c, c, 0f3F000000; "
+    "setp.ge.f32 s, $1, 0f00000000; sub.f32 t, 0f3F800000, c; selp.f32 c, t, c, s; mul.f32 $0, $1, c; }",
+    (f32,), "=f,f", f32, volatile=False)  # fmt: skip
+_silu = instruction(
+    "x / (1 + exp(-x)).",
+    "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.f32 e, e; add.f32 e, e, 0f3F800000; rcp.approx.f32 e, e; "
+    "mul.f32 $0, $1, e; }",
+    (f32,), "=f,f", f32, volatile=False)  # fmt: skip
+
+
+@cuda.jit(device=True, forceinline=True)
+def locate_tile(t, groups, n_tiles, chunk):
+    """Tile t -> (place in the sorted schedule, column tile): `chunk` column tiles are swept over all groups, then the next.
+
+    Within a chunk the places are in order of falling length, so that blocks that walk the tiles in snake order get equal
+    work; `chunk` keeps the activations of the resident blocks inside L2.
+    """
+    sweep = div_u32(t, u32(chunk * groups))
+    rest = u32(t - sweep * u32(chunk * groups))
+    width = u32(n_tiles - sweep * chunk)
+    if width > chunk:
+        width = chunk
+    place = div_u32(rest, width)
+    return place, u32(sweep * chunk + rest - place * width)
+
+
+def make_activation(epilogue: str) -> Callable[..., Any]:
+    """Device function float32 -> float32; NaN stays NaN."""
+    if epilogue == "relu":
+
+        def activation(a):
+            return f32(0.0) if a < f32(0.0) else a
+
+    elif epilogue == "gelu":
+
+        def activation(a):
+            return _gelu(a)
+
+    elif epilogue == "silu":
+
+        def activation(a):
+            return _silu(a)
+
+    else:
+
+        def activation(a):
+            return a
+
+    return cuda.jit(device=True, forceinline=True)(activation)
+
+
+def make_load_bias(dtype: str) -> Callable[..., Any]:
+    """Device function (bias address, row, flags) -> float32; 0 without a bias and for rows that do not exist."""
+    unpack = unpack_low[dtype]
+
+    def load_bias(bias, row, flags):
+        if (flags & u32(HAS_BIAS)) == u32(0) or row == u32(NO_ROW):
+            return f32(0.0)
+        if flags & u32(BIAS_F32):
+            return ld_global_nc_f32(bias + u64(row) * u64(4))
+        return unpack(u32(ld_global_u16(bias + u64(row) * u64(2))))
+
+    return cuda.jit(device=True, forceinline=True)(load_bias)
+
+
+def make_store_chunk(dtype: str, epilogue: str) -> Callable[..., Any]:
+    """Device function that stores 8 consecutive columns (4 words of two values) of an output row, adding the residual.
+
+    Columns at n and beyond are not touched; a row of `NO_ROW` is skipped.
+    """
+    pack, low, high = pack_pair[dtype], unpack_low[dtype], unpack_high[dtype]
+    plain = epilogue == "plain"
+
+    @cuda.jit(device=True, forceinline=True)
+    def add_words(a, b):
+        return pack(low(a) + low(b), high(a) + high(b))
+
+    @cuda.jit(device=True, forceinline=True)
+    def add_half(half, residual, flags):
+        if plain or (flags & u32(HAS_RESIDUAL)) == u32(0):
+            return half
+        other = u32(ld_global_u16(residual))
+        return u16(pack(low(u32(half)) + low(other), f32(0.0)) & u32(0xFFFF))
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_word(word, out, residual, room, flags):
+        if room > u32(0):
+            st_global_u16(out, add_half(u16(word & u32(0xFFFF)), residual, flags))
+        if room > u32(1):
+            st_global_u16(out + u64(2), add_half(u16(word >> u32(16)), residual + u64(2), flags))
+
+    def store_chunk(w0, w1, w2, w3, row, col, n, out, ldo, residual, ldr, flags):
+        if row == u32(NO_ROW) or col >= n:
+            return
+        target = out + u64(row) * ldo * u64(2) + u64(col) * u64(2)
+        source = residual + u64(row) * ldr * u64(2) + u64(col) * u64(2)
+        room = u32(n - col)
+        if room >= u32(8) and flags & u32(ALIGNED):
+            if not plain:
+                if flags & u32(HAS_RESIDUAL):
+                    r = ld_global_v4(source)
+                    w0, w1, w2, w3 = add_words(w0, r[0]), add_words(w1, r[1]), add_words(w2, r[2]), add_words(w3, r[3])
+            st_global_v4(target, w0, w1, w2, w3)
+        else:
+            store_word(w0, target, source, room, flags)
+            store_word(w1, target + u64(4), source + u64(4), u32(room - u32(2)) if room > u32(2) else u32(0), flags)
+            store_word(w2, target + u64(8), source + u64(8), u32(room - u32(4)) if room > u32(4) else u32(0), flags)
+            store_word(w3, target + u64(12), source + u64(12), u32(room - u32(6)) if room > u32(6) else u32(0), flags)
+
+    return cuda.jit(device=True, forceinline=True)(store_chunk)

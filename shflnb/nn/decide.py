@@ -1,0 +1,214 @@
+"""Sparse or dense, layer by layer: measure both in the layouts of the plan, and never keep the slower one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ArgumentError
+from ..formats import ShflBWMatrix
+from ..formats.shflbw import check_block
+from .eligible import FilterFn, check_patterns, matches
+from .measure import TIMINGS, dense_call, median_us, sparse_call, transpose_us
+from .modules import SHARE_ON, ShflLinear
+from .observe import Observation
+from .planner import Plan, plan
+
+__all__ = ["POLICIES", "Facts", "Options", "Times", "Timer", "decide", "random_layer", "sparsity_of"]
+
+POLICIES = ("never_slower", "always")
+MARGIN = 0.98
+"""A layer becomes sparse if it takes at most this part of the dense time, so that noise does not decide."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of `sparsify_` and `estimate`, checked when made."""
+
+    sparsity: float | Mapping[str, float] = 0.75
+    block: tuple[int, int] = (64, 64)
+    policy: str = "never_slower"
+    timing: str = "eager"
+    fuse: bool = True
+    tokens: int = 2048
+    ignore: tuple[str, ...] = ()
+    filter_fn: FilterFn | None = None
+    prune: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", check_block(self.block))
+        wanted = self.sparsity.values() if isinstance(self.sparsity, Mapping) else (self.sparsity,)
+        for value in wanted:
+            if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+                raise ArgumentError(f"sparsity is {value!r}; needed is a fraction from 0 (keep all) to 1 (keep nothing)")
+        for name, value, allowed in (("policy", self.policy, POLICIES), ("timing", self.timing, TIMINGS)):
+            if value not in allowed:
+                raise ArgumentError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+        if self.tokens < 1:
+            raise ArgumentError(f"tokens is {self.tokens}; expected at least 1")
+
+    def record(self) -> dict[str, Any]:
+        """The options as plain data for a report."""
+        sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
+        return {
+            "sparsity": sparsity, "block": list(self.block), "policy": self.policy, "fuse": self.fuse,
+            "ignore": list(self.ignore), **{key: value for key, value in self.prune.items() if isinstance(value, (str, int))},
+        }  # fmt: skip
+
+
+def sparsity_of(name: str, options: Options, names: Set[str] | None = None) -> float:
+    """Sparsity asked for a layer; with a mapping of names and "re:" patterns the first that fits, else 0.75."""
+    if not isinstance(options.sparsity, Mapping):
+        return float(options.sparsity)
+    if names is not None:
+        check_patterns("sparsity", [key for key in options.sparsity if key != "default"], names)
+    for pattern, value in options.sparsity.items():
+        if pattern != "default" and matches(name, pattern):
+            return float(value)
+    return float(options.sparsity.get("default", 0.75))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What measuring needs to know of a layer: dense tensors (real ones or stand-ins) and the dtype it computes in."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of all calls of one forward pass."""
+
+    dense: float
+    sparse: float
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether sparse is faster by more than the noise."""
+        return self.sparse <= MARGIN * self.dense
+
+
+class Timer:
+    """Measures layers and remembers what it measured, so that a model of equal blocks is measured once."""
+
+    def __init__(self, timing: str) -> None:
+        self.timing = timing
+        self._known: dict[tuple[Any, ...], float] = {}
+
+    def times(
+        self, name: str, facts: Facts, layer: ShflLinear, tokens: Counter[int], layout: Plan, *, fresh: bool = False
+    ) -> Times:
+        """Times of one layer in the layouts of the plan; `fresh` measures the sparse side again, for a new pattern."""
+        activation = layout.fused[name][1] if name in layout.fused else None
+        dense = sparse = 0.0
+        for n, calls in tokens.items():
+            if n:
+                dense += calls * self._dense(facts, n, activation)
+                sparse += calls * self._sparse(name, layer, facts, n, activation, layout, fresh)
+        return Times(dense, sparse)
+
+    def _dense(self, facts: Facts, n: int, activation: str | None) -> float:
+        w = facts.weight
+        key = ("dense", tuple(w.shape), n, facts.dtype, w.device, facts.bias is not None, activation)
+        if key not in self._known:
+            calls = dense_call(w, facts.bias, n, facts.dtype, activation)
+            self._known[key] = median_us(calls, w.device, self.timing)
+        return self._known[key]
+
+    def _sparse(
+        self, name: str, layer: ShflLinear, facts: Facts, n: int, activation: str | None, layout: Plan, fresh: bool
+    ) -> float:
+        device, k = layer.values.device, layer.in_features
+        feature_in, out, readers = name in layout.feature_in, layout.layout(name), layout.readers(name)
+        shares = readers > 1 and device.type in SHARE_ON
+        key = ("sparse", layer.out_features, k, layer.block, layer.values.shape[0], n, facts.dtype, device,
+               layer.bias is not None, activation, feature_in or shares, out)  # fmt: skip
+        if fresh or key not in self._known:
+            calls = sparse_call(
+                layer, n, facts.dtype, feature_in=feature_in or shares, layout=out, activation=activation
+            )
+            self._known[key] = median_us(calls, device, self.timing)
+        return self._known[key] + (self._transpose(n, k, layer, facts.dtype) / readers if shares else 0.0)
+
+    def _transpose(self, n: int, k: int, layer: ShflLinear, dtype: torch.dtype) -> float:
+        key = ("transpose", n, k, dtype, layer.values.device)
+        if key not in self._known:
+            self._known[key] = transpose_us(n, k, layer.values, dtype, self.timing)
+        return self._known[key]
+
+
+def decide(
+    seen: Observation,
+    names: Set[str],
+    options: Options,
+    measure: Callable[[str, Plan], Times],
+    *,
+    others: Set[str] = frozenset(),
+) -> tuple[Plan, dict[str, Times]]:
+    """Choose which of the layers `names` become sparse.
+
+    Dropping a layer can only take layouts away from the others, so the set shrinks to the largest one in which no layer is
+    slower than dense.
+
+    Parameters
+    ----------
+    seen : Observation
+    names : layers to decide on
+    measure : callable (name, plan) -> Times
+    others : layers that are sparse whatever comes out
+
+    Returns
+    -------
+    plan : layouts with the chosen layers sparse
+    times : name -> last times measured, of the chosen and of the dropped layers; the chosen are those in which
+        `is_worth_it` (all of them under the policy "always")
+    """
+    sparse = set(names)
+    times: dict[str, Times] = {}
+    while True:
+        layout = plan(seen, sparse | others, fuse=options.fuse)
+        for name in sorted(sparse):
+            times[name] = measure(name, layout)
+        worse = {name for name in sparse if not times[name].is_worth_it}
+        if options.policy == "always" or not worse:
+            return layout, times
+        sparse -= worse
+
+
+def random_layer(
+    shape: tuple[int, int], options: Options, sparsity: float, *, bias: bool, dtype: torch.dtype, device: torch.device,
+    seed: int = 0,
+) -> ShflLinear:  # fmt: skip
+    """A packed layer with random rows and columns and groups as equal as `tile_k` allows: stands for one not yet pruned."""
+    (m, k), (v, tile_k) = shape, options.block
+    rng = np.random.default_rng(seed)
+    groups = -(-m // v)
+    tiles = min(round((1.0 - sparsity) * k * groups / tile_k), groups * -(-k // tile_k))
+    counts = np.full(groups, tiles // groups if groups else 0)
+    counts[: tiles % groups if groups else 0] += 1
+    counts = np.minimum(counts * tile_k, k)
+    indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+    indices = np.empty(indptr[-1], dtype=np.int32)
+    for g in range(groups):
+        indices[indptr[g] : indptr[g + 1]] = np.sort(rng.permutation(k)[: counts[g]])
+    values = np.zeros((len(indices), v), dtype=np.float32)
+    empty = ShflBWMatrix((m, k), options.block, indptr, indices, values, rng.permutation(m).astype(np.int32))
+    layer = ShflLinear.from_packed(empty, torch.zeros(m) if bias else None, device=device, requires_grad=False)
+    layer = layer.to(device=device, dtype=dtype)
+    # The places of rows that the last group does not have stay zero.
+    last = int(indptr[-2]) if m % v and groups else len(indices)
+    with torch.no_grad():
+        layer.values[:last].normal_(std=k**-0.5)
+    return layer
+
+
+def with_sparsity(options: Options, value: float) -> Options:
+    """The options with one sparsity for all layers."""
+    return replace(options, sparsity=value)

@@ -1,0 +1,172 @@
+"""Times of one layer, dense and sparse, on the device it lives on and in the way the model will be called.
+
+    timing="eager"   a loop of calls: what Python, torch and the kernel cost together, whichever is longest
+    timing="graph"   replays of a CUDA graph: the kernels alone
+
+A small weight that is multiplied again and again stays in the cache, which it does not do between two passes of a model.
+So for few tokens the calls rotate over copies of the layer that together exceed the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import ArgumentError
+from .layout import to_feature_major
+from .modules import ShflLinear
+from .op import activate
+
+__all__ = ["TIMINGS", "dense_call", "device_name", "median_us", "sparse_call", "synchronize", "transpose_us"]
+
+TIMINGS = ("eager", "graph")
+_ROUNDS, _SECONDS = 7, 0.12
+_CACHE_BYTES = {"cuda": 150 << 20, "cpu": 64 << 20}
+_ROTATE_BELOW = 512
+"""Tokens from which on a layer is bound by arithmetic, so that the place of its weights does not matter."""
+
+
+def median_us(
+    calls: Sequence[Callable[[], Any]], device: torch.device, timing: str = "eager", *, seconds: float = _SECONDS
+) -> float:
+    """Microseconds of one call: median over rounds of the mean over a round, the calls taken in turn.
+
+    Parameters
+    ----------
+    calls : callables of the same work on different memory
+        One is enough where caching does not matter.
+    device : torch.device
+    timing : "eager" or "graph"
+        "graph" needs a CUDA device; on the CPU both are a loop.
+    seconds : float
+        About how long to measure.
+    """
+    if timing not in TIMINGS:
+        raise ArgumentError(f"timing is {timing!r}; expected one of {', '.join(TIMINGS)}")
+    with torch.no_grad():
+        for call in calls:
+            call()
+        synchronize(device)
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        synchronize(device)
+        once = max((time.perf_counter() - start) / len(calls), 1e-7)
+        turns = max(1, min(200, round(seconds / _ROUNDS / once / len(calls))))
+        run, per_run = _runner(calls, turns, device, timing)
+        run()
+        return statistics.median(_timed(run, device) for _ in range(_ROUNDS)) / per_run * 1e6
+
+
+def _runner(
+    calls: Sequence[Callable[[], Any]], turns: int, device: torch.device, timing: str
+) -> tuple[Callable[[], None], int]:
+    def loop() -> None:
+        for _ in range(turns):
+            for call in calls:
+                call()
+
+    if timing == "eager" or device.type != "cuda":
+        return loop, turns * len(calls)
+    graph = torch.cuda.CUDAGraph()
+    turns = min(turns, max(1, 64 // len(calls)))
+    with torch.cuda.graph(graph):
+        for _ in range(turns):
+            for call in calls:
+                call()
+    return graph.replay, turns * len(calls)
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one run; on a device between two events, which a slow host delays as it delays the model."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; nothing to do on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """ "NVIDIA H200", or "CPU, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def _input(n: int, k: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator(device=like.device).manual_seed(n * 31 + k)
+    return torch.randn(n, k, generator=generator, device=like.device, dtype=dtype)
+
+
+def _copies(n: int, nbytes: int, device: torch.device) -> int:
+    if n >= _ROTATE_BELOW:
+        return 1
+    return max(1, min(16, -(-_CACHE_BYTES.get(device.type, 0) // max(1, nbytes))))
+
+
+def dense_call(
+    weight: torch.Tensor, bias: torch.Tensor | None, n: int, dtype: torch.dtype, activation: str | None = None
+) -> list[Callable[[], Any]]:
+    """Calls of the dense layer on `n` tokens, token-major as in the dense model, with the activation that would be fused."""
+    weight = weight.detach().to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype)
+    x = _input(n, weight.shape[1], weight, dtype)
+    copies = _copies(n, weight.numel() * weight.element_size(), weight.device)
+    weights = [weight, *(weight.clone() for _ in range(copies - 1))]
+
+    def call(w: torch.Tensor) -> Callable[[], Any]:
+        return lambda: activate(F.linear(x, w, bias), activation)
+
+    return [call(w) for w in weights]
+
+
+def sparse_call(
+    layer: ShflLinear, n: int, dtype: torch.dtype, *, feature_in: bool, layout: str, activation: str | None = None
+) -> list[Callable[[], Any]]:
+    """Calls of a packed layer on `n` tokens in the layouts of the plan."""
+    x = _input(n, layer.in_features, layer.values, dtype)
+    x = to_feature_major(x) if feature_in else x
+    copies = _copies(n, layer.values.numel() * layer.values.element_size(), layer.values.device)
+    layers = []
+    for number in range(copies):
+        twin = layer if number == 0 and layer.values.dtype == dtype else copy.deepcopy(layer).to(dtype)
+        twin = _detached(twin)
+        twin.layout, twin.shared = layout, None
+        twin.set_activation(activation)
+        layers.append(twin)
+
+    def call(one: nn.Module) -> Callable[[], Any]:
+        return lambda: one(x)
+
+    return [call(one) for one in layers]
+
+
+def _detached(layer: ShflLinear) -> ShflLinear:
+    """A second module on the same tensors, so that layout and activation can be tried without touching the model."""
+    twin = copy.copy(layer)
+    twin.__dict__["_buffers"] = dict(layer._buffers)
+    return twin
+
+
+def transpose_us(n: int, k: int, like: torch.Tensor, dtype: torch.dtype, timing: str) -> float:
+    """Microseconds to make a token-major (n, k) tensor feature-major."""
+    x = _input(n, k, like, dtype)
+    return median_us([lambda: to_feature_major(x)], like.device, timing, seconds=_SECONDS / 3)

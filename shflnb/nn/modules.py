@@ -1,0 +1,353 @@
+"""`ShflLinear`: a drop-in for `torch.nn.Linear` whose weight is packed in the Shfl-BW pattern."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..arrays import host_array, like_kind
+from ..errors import ArgumentError, DtypeError, ShapeError, ShflnbError
+from ..formats import ShflBWMatrix, pack
+from ..formats.shflbw import check_block
+from ..patterns import prune
+from .layout import is_feature_major, to_feature_major
+from .op import ACTIVATIONS, activate, dense_weight, packed_linear
+
+__all__ = ["SharedInput", "ShflLinear"]
+
+SHARE_ON = {"cuda"}
+"""Devices whose kernels want feature-major input; the CPU has a kernel for either order and needs no shared transpose."""
+_FORM = ("in_features", "out_features", "v", "tile_k", "activation")
+_ACTIVATION_MODULES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+class ShflLinear(nn.Module):
+    """`act(x @ W.T + bias)` with a packed W: (..., in_features) -> (..., out_features).
+
+    Made by `ShflLinear.from_dense`, `ShflLinear.from_packed` or `shflnb.sparsify_`; the constructor makes an empty layer
+    (W = 0) for `load_state_dict` to fill, whatever number of columns the saved layer keeps.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        k and m.
+    bias : bool
+    block : (v, tile_k)
+    activation : None, "relu", "gelu" or "silu"
+        Computed in the epilogue of the product, on float32 sums. With a gradient it is computed by torch afterwards.
+    device, dtype
+        As in every torch module.
+
+    Attributes
+    ----------
+    values : Parameter (kept columns, v)
+        Kept weights; trainable in place.
+    indices, indptr, row_perm : buffers, int32, int64, int32
+        As in `shflnb.ShflBWMatrix`.
+    form : buffer, int64 (5,)
+        in_features, out_features, v, tile_k and the number of the activation: `state_dict` describes the layer completely.
+    bias : Parameter (out_features,) or None
+    layout : "same", "token" or "feature"
+        Order of the result in memory; set by the planner of `sparsify_`. Values do not depend on it.
+    name : str
+        Name in the model, for error texts.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from shflnb.nn import ShflLinear
+    >>> layer = ShflLinear.from_dense(torch.nn.Linear(256, 128), sparsity=0.5, block=(32, 32))
+    >>> layer(torch.zeros(3, 256)).shape
+    torch.Size([3, 128])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        block: tuple[int, int] = (64, 64),
+        activation: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = int(in_features), int(out_features)
+        self.block = check_block(block)
+        self.activation = _checked_activation(activation)
+        self.layout = "same"
+        self.name = ""
+        self.shared: SharedInput | None = None
+        v = self.block[0]
+        groups = -(-self.out_features // v)
+        self.values = nn.Parameter(torch.empty(0, v, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("indices", torch.empty(0, dtype=torch.int32, device=device))
+        self.register_buffer("indptr", torch.zeros(groups + 1, dtype=torch.int64, device=device))
+        self.register_buffer("row_perm", torch.arange(out_features, dtype=torch.int32, device=device))
+        self.register_buffer("form", torch.tensor(self._form(), dtype=torch.int64, device=device))
+
+    # -- ways to build it ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        sparsity: float | None = 0.75,
+        block: tuple[int, int] = (64, 64),
+        *,
+        name: str = "",
+        **options: Any,
+    ) -> ShflLinear:
+        """Prune and pack a dense layer; its bias is shared, not copied.
+
+        Parameters
+        ----------
+        linear : torch.nn.Linear
+        sparsity : float or None
+            Part of the weights to remove; None removes nothing and packs the zeros that are there (lossless).
+        block : (v, tile_k)
+        name : str
+            For error texts.
+        **options
+            Of `shflnb.prune`: score, search, budget, seed, quality, ...
+
+        Raises
+        ------
+        ArgumentError, DtypeError, ShapeError
+            Those of `shflnb.prune` and `shflnb.pack`, with the layer's name in front.
+        """
+        weight = linear.weight.detach()
+        try:
+            packed = pack(weight, block=block) if sparsity is None else prune(
+                weight, sparsity=sparsity, block=block, **options
+            ).pack()  # fmt: skip
+        except ShflnbError as error:
+            raise _with_name(error, name) from error
+        return cls.from_packed(
+            packed, linear.bias, device=weight.device, name=name, requires_grad=linear.weight.requires_grad
+        )
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: ShflBWMatrix,
+        bias: torch.Tensor | None = None,
+        *,
+        activation: str | None = None,
+        device: Any = None,
+        name: str = "",
+        requires_grad: bool = True,
+    ) -> ShflLinear:
+        """A layer that holds the arrays of `packed` on `device`, and `bias` as it is."""
+        m, k = packed.shape
+        if bias is not None and tuple(bias.shape) != (m,):
+            raise ShapeError(f"bias has shape {tuple(bias.shape)}; packed needs ({m},)")
+        like = torch.empty(0)
+        layer = cls(k, m, bias=False, block=packed.block, activation=activation, device=device)
+        tensors = {field: like_kind(np.ascontiguousarray(getattr(packed, field)), like).to(device)
+                   for field in ("values", "indices", "indptr", "row_perm")}  # fmt: skip
+        layer.values = nn.Parameter(tensors["values"], requires_grad=requires_grad)
+        layer.indices, layer.indptr, layer.row_perm = tensors["indices"], tensors["indptr"], tensors["row_perm"]
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        layer.name = name
+        return layer
+
+    def to_packed(self) -> ShflBWMatrix:
+        """The weight as a `ShflBWMatrix` on the host (a copy), for `shflnb.save`, `shflnb.explain` and the array calls."""
+        fields = {field: np.array(host_array(getattr(self, field)), order="C")
+                  for field in ("indptr", "indices", "values", "row_perm")}  # fmt: skip
+        return ShflBWMatrix((self.out_features, self.in_features), self.block, **fields)
+
+    def to_dense(self) -> nn.Module:
+        """A `torch.nn.Linear` with the same weights (pruned places are 0), followed by the activation if there is one."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dense_weight().detach(), requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            linear.bias = self.bias
+        linear.training = self.training
+        return linear if self.activation is None else nn.Sequential(linear, _ACTIVATION_MODULES[self.activation]())
+
+    def dense_weight(self) -> torch.Tensor:
+        """W as a dense tensor (out_features, in_features), differentiable with respect to `values`."""
+        return dense_weight(self.values, self.indices, self.indptr, self.row_perm, self.in_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`dense_weight()`, for code that reads `layer.weight`; built anew every time, which a warning says once."""
+        warnings.warn(
+            f"{self.name or 'a ShflLinear'}: .weight builds the dense matrix each time it is read; where only dtype or device "
+            "is wanted read .values",
+            stacklevel=2,
+        )
+        return self.dense_weight()
+
+    # -- the product -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`act(F.linear(x, W, bias))`; token-major or feature-major in, `self.layout` out."""
+        try:
+            return self._product(x)
+        except ShflnbError as error:
+            raise _with_name(error, self.name) from error
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.values.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise DtypeError(f"x is {x.dtype}, the layer {self.values.dtype}; convert one with .to() or use torch.autocast")
+        activation = self.activation
+        if activation is not None and torch.is_grad_enabled() and (x.requires_grad or self._is_trained()):
+            # Unfused: autograd then keeps z, which the epilogue never writes, instead of computing it a second time.
+            return activate(self._linear(x, None), activation)
+        return self._linear(x, activation)
+
+    def _is_trained(self) -> bool:
+        return self.values.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def _linear(self, x: torch.Tensor, activation: str | None) -> torch.Tensor:
+        layout = self.layout
+        if torch.compiler.is_compiling():
+            if x.is_cuda:
+                return self._compiled(x, activation)
+        elif self.shared is not None and x.device.type in SHARE_ON and not torch.is_grad_enabled():
+            layout = ("feature" if is_feature_major(x) else "token") if layout == "same" else layout
+            x = self.shared.feature_major(x)
+        return packed_linear(
+            x, self.values, self.indices, self.indptr, self.row_perm, self.bias,
+            k=self.in_features, tile_k=self.block[1], activation=activation, layout=layout,
+        )  # fmt: skip
+
+    def _compiled(self, x: torch.Tensor, activation: str | None) -> torch.Tensor:
+        """Both transposes in the open, where the compiler merges those of one tensor and fuses them with their neighbours."""
+        feature_out = self.layout == "feature" or (self.layout == "same" and is_feature_major(x))
+        y = packed_linear(
+            to_feature_major(x), self.values, self.indices, self.indptr, self.row_perm, self.bias,
+            k=self.in_features, tile_k=self.block[1], activation=activation, layout="feature",
+        )  # fmt: skip
+        return y if feature_out else y.contiguous()
+
+    # -- state -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def density(self) -> float:
+        """Stored places / all places of W."""
+        return self.values.numel() / max(1, self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
+            f"sparsity={1 - self.density:.1%}, block={self.block}",
+        ]
+        if self.activation is not None:
+            parts.append(f"activation={self.activation}")
+        if self.layout != "same":
+            parts.append(f"layout={self.layout}")
+        return ", ".join(parts)
+
+    def _form(self) -> list[int]:
+        activation = 0 if self.activation is None else 1 + ACTIVATIONS.index(self.activation)
+        return [self.in_features, self.out_features, *self.block, activation]
+
+    def set_activation(self, activation: str | None) -> None:
+        """Choose what the epilogue computes."""
+        self.activation = _checked_activation(activation)
+        self.form = torch.tensor(self._form(), dtype=torch.int64, device=self.form.device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Take over block, activation and number of kept columns from the saved layer, then load as every module does."""
+        form = state_dict.get(prefix + "form")
+        if form is not None and tuple(form.shape) == (len(_FORM),):
+            try:
+                self._adopt([int(number) for number in form.tolist()])
+            except ShflnbError as error:
+                error_msgs.append(f"{prefix}form: {error}")
+        saved = state_dict.get(prefix + "values")
+        if saved is not None and saved.dim() == 2 and saved.shape[1] == self.block[0]:
+            self.resize_kept(saved.shape[0])
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def resize_kept(self, kept: int) -> None:
+        """Make room for `kept` columns and for the groups of the current block, without setting their contents.
+
+        Nothing happens where the sizes fit already; else new tensors take the place of the old, so an optimiser that holds
+        the old ones has to be made anew.
+        """
+        v, groups = self.block[0], -(-self.out_features // self.block[0])
+        own = self.values
+        if tuple(own.shape) != (kept, v):
+            self.values = nn.Parameter(torch.empty(kept, v, dtype=own.dtype, device=own.device), own.requires_grad)
+            self.indices = torch.empty(kept, dtype=torch.int32, device=own.device)
+        if self.indptr.shape[0] != groups + 1:
+            self.indptr = torch.empty(groups + 1, dtype=torch.int64, device=own.device)
+
+    def _adopt(self, form: list[int]) -> None:
+        k, m, v, tile_k, activation = form
+        if (k, m) != (self.in_features, self.out_features):
+            raise ShapeError(f"saved layer is {m} x {k}; this one is {self.out_features} x {self.in_features}")
+        if not 0 <= activation <= len(ACTIVATIONS):
+            raise ArgumentError(f"activation number is {activation}; expected 0..{len(ACTIVATIONS)}")
+        self.block = check_block((v, tile_k))
+        self.activation = None if activation == 0 else ACTIVATIONS[activation - 1]
+
+
+class SharedInput:
+    """One feature-major copy for several layers that read the same tensor (q, k and v; gate and up).
+
+    Eager inference only; a compiled graph shares the copy by itself. The copy belongs to one tensor object, one version of
+    its contents and one stream; it goes when the tensor goes, or when the last of `readers` layers has taken it. Tensors
+    made under `inference_mode` have no version: there the planner has seen that nothing writes between the readers.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self._entry: tuple[Any, ...] | None = None
+
+    def feature_major(self, x: torch.Tensor) -> torch.Tensor:
+        """`to_feature_major(x)`, computed once for the readers."""
+        if x.dim() < 2 or is_feature_major(x):
+            return x
+        stamp = (0 if x.is_inference() else x._version, x.data_ptr(), _stream(x))
+        entry = self._entry
+        if entry is not None and entry[0]() is x and entry[1] == stamp:
+            source, _, copy, uses = entry
+            self._entry = None if uses + 1 >= self.readers else (source, stamp, copy, uses + 1)
+            return copy
+        copy = to_feature_major(x)
+        self._entry = (weakref.ref(x, self._forget), stamp, copy, 1)
+        return copy
+
+    def _forget(self, source: Any) -> None:
+        entry = self._entry
+        if entry is not None and entry[0] is source:
+            self._entry = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (SharedInput, (self.readers,))
+
+
+def _stream(x: torch.Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def _checked_activation(activation: str | None) -> str | None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ArgumentError(f"activation is {activation!r}; expected None or one of {', '.join(ACTIVATIONS)}")
+    return activation
+
+
+def _with_name(error: ShflnbError, name: str) -> ShflnbError:
+    return type(error)(f"layer {name}: {error}") if name else error
+
+
+torch.serialization.add_safe_globals([ShflLinear, SharedInput])

@@ -1,0 +1,305 @@
+"""`shflnb::linear`, the operator that torch knows: eager, autograd, autocast, `torch.compile`, `torch.export`.
+
+    y = act(x @ W.T + bias)        with W given by the plain tensors values, indices, indptr, row_perm
+
+The gradients are ATen code, so they compile, differentiate again and run anywhere. With respect to x the dense W is built
+for the moment of the backward pass (one scatter) and multiplied; with respect to the values the dense gradient is one
+product, of which the kept places are read. Both are deterministic (no float atomics: every place is written once) and cost
+what a dense layer's backward costs; they take memory for one dense W. A NaN in an output gradient spreads as in a dense
+layer. Training at full speed of the dense layer is what `shflnb.nn.prepare` is for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from .layout import is_feature_major
+from .record import launch_record
+
+__all__ = ["ACTIVATIONS", "activate", "dense_weight", "packed_linear"]
+
+ACTIVATIONS = ("relu", "gelu", "silu")
+"""What the epilogue can do; "gelu" is the exact form, with the error function."""
+
+_LIB = torch.library.Library("shflnb", "DEF")
+# needs_fixed_stride_order: the layout of x, decided when the graph is traced, is part of what the kernel expects.
+_LIB.define(
+    "linear(Tensor x, Tensor values, Tensor indices, Tensor indptr, Tensor row_perm, Tensor? bias, "
+    "int k, int tile_k, str? activation, bool feature_out) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+
+
+def packed_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    indptr: torch.Tensor,
+    row_perm: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    k: int,
+    tile_k: int = 64,
+    activation: str | None = None,
+    layout: str = "same",
+) -> torch.Tensor:
+    """`act(F.linear(x, W, bias))` for a packed W given as plain tensors: (..., k) -> (..., m).
+
+    Parameters
+    ----------
+    x : tensor (..., k)
+        Token-major or feature-major (see `layout.py`), on the device of `values`; another order is copied first. Same dtype
+        as `values`; under autocast x goes to the autocast dtype, and the values are rounded to it once and remembered.
+    values : tensor (kept columns, v)
+    indices : int32 tensor (kept columns,)
+    indptr : int64 tensor (groups + 1,)
+    row_perm : int32 tensor (m,)
+        As in `shflnb.ShflBWMatrix`.
+    bias : tensor (m,), optional
+        Of the dtype of x, or float32.
+    k, tile_k : int
+        Columns of W, and of a kernel tile.
+    activation : None, "relu", "gelu" or "silu"
+    layout : "same", "token" or "feature"
+        Order of the result in memory; "same" is that of x. The values of the result do not depend on it.
+
+    Returns
+    -------
+    tensor (..., m), dtype of x
+
+    Raises
+    ------
+    ShapeError, DtypeError, DeviceError, ArgumentError, FormatError
+
+    Examples
+    --------
+    >>> import numpy as np, torch, shflnb
+    >>> from shflnb.nn.op import packed_linear
+    >>> packed = shflnb.pack(np.eye(16, dtype=np.float32), block=(16, 16))
+    >>> t = [torch.from_numpy(a) for a in (packed.values, packed.indices, packed.indptr, packed.row_perm)]
+    >>> x = torch.randn(3, 16)
+    >>> torch.equal(packed_linear(x, *t, k=16), x)
+    True
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ArgumentError(f"activation is {activation!r}; expected None or one of {', '.join(ACTIVATIONS)}")
+    if layout == "same":
+        feature_out = is_feature_major(x)
+    elif layout in ("token", "feature"):
+        feature_out = layout == "feature"
+    else:
+        raise ArgumentError(f"layout is {layout!r}; expected 'same', 'token' or 'feature'")
+    args = (x, values, indices, indptr, row_perm, bias, k, tile_k, activation, feature_out)
+    if _is_plain_call(x, values, bias):
+        return _linear(*args)
+    return torch.ops.shflnb.linear.default(*args)
+
+
+def activate(z: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """The activation by name, as torch computes it."""
+    if activation is None:
+        return z
+    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](z)
+
+
+# -- the forward pass ---------------------------------------------------------------------------------------------------
+
+_include_set = getattr(torch._C, "_dispatch_tls_local_include_set", None)
+_keys_of = getattr(torch._C, "_dispatch_keys", None)
+_PLAIN_MODES: int | None = None
+_PLAIN_KEYS: set[int] = set()
+if _include_set is not None and _keys_of is not None:
+    _PLAIN_MODES = _include_set().raw_repr()
+    _PLAIN_KEYS = {_keys_of(torch.empty(0)).raw_repr()}
+    if torch.cuda.is_available():
+        _PLAIN_KEYS.add(_keys_of(torch.empty(0, device="cuda")).raw_repr())
+
+
+def _is_plain_call(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether nothing stands between the call and the kernel, so that the dispatcher's 10 us can be saved.
+
+    No gradient, no tracing, no autocast, no dispatch mode, no functorch transform, no tensor subclass: read off the
+    dispatcher's own key sets, which name them all. Where torch does not show those sets the call is simply dispatched.
+    """
+    if torch.compiler.is_compiling() or _PLAIN_MODES is None:
+        return False
+    if torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    assert _include_set is not None and _keys_of is not None, "set together with _PLAIN_MODES"
+    return (
+        type(x) is torch.Tensor
+        and _keys_of(x).raw_repr() in _PLAIN_KEYS
+        and _include_set().raw_repr() == _PLAIN_MODES
+        and not torch._C._is_torch_function_mode_enabled()
+    )
+
+
+def _linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    indptr: torch.Tensor,
+    row_perm: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    tile_k: int,
+    activation: str | None,
+    feature_out: bool,
+) -> torch.Tensor:
+    """The kernel's side of the operator: check, find the launch record, multiply in the layout that x has."""
+    from .. import ops
+
+    _check(x, values, indices, indptr, row_perm, bias, k)
+    packed = launch_record(values, indices, indptr, row_perm, k, tile_k, x.dtype)
+    lead, m = x.shape[:-1], row_perm.shape[0]
+    if x.dim() < 2 or not (feature_out or is_feature_major(x)):
+        return ops.linear(x.contiguous(), packed, bias, activation=activation)
+    features = x.movedim(-1, 0).reshape(k, math.prod(lead)).contiguous()
+    y = ops.matmul(packed, features, bias=bias, activation=activation)
+    if feature_out:
+        return y.view(m, *lead).movedim(0, -1)
+    return y.t().contiguous().view(*lead, m)
+
+
+def _check(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    indptr: torch.Tensor,
+    row_perm: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+) -> None:
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; the layer needs (..., {k}), features last")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != row_perm.shape[0]):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}; the layer needs ({row_perm.shape[0]},)")
+    for name, t in (("values", values), ("indices", indices), ("indptr", indptr), ("row_perm", row_perm), ("bias", bias)):
+        if t is not None and t.device != x.device:
+            raise DeviceError(f"x is on {x.device}, {name} on {t.device}; move one with .to()")
+    if not x.is_floating_point():
+        raise DtypeError(f"x is {x.dtype}; needed is a floating dtype, that of the weights ({values.dtype})")
+
+
+@torch.library.register_fake("shflnb::linear", lib=_LIB)
+def _linear_fake(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    indptr: torch.Tensor,
+    row_perm: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    tile_k: int,
+    activation: str | None,
+    feature_out: bool,
+) -> torch.Tensor:
+    """Shape, strides, dtype and device of the result, without data."""
+    _check(x, values, indices, indptr, row_perm, bias, k)
+    m = row_perm.shape[0]
+    if feature_out and x.dim() > 1:
+        return x.new_empty((m, *x.shape[:-1])).movedim(0, -1)
+    return x.new_empty((*x.shape[:-1], m))
+
+
+_LIB.impl("linear", _linear, "CPU")
+_LIB.impl("linear", _linear, "CUDA")
+
+
+def _autocast(device_type: str, key: str) -> None:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def linear(x: torch.Tensor, values: torch.Tensor, *rest: Any) -> torch.Tensor:
+        # Only x is cast: the values keep their storage, by which the launch record (rounded once) is found.
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            if x.is_floating_point() and x.dtype != torch.float64:
+                x = x.to(torch.get_autocast_dtype(device_type))
+            return torch.ops.shflnb.linear.default(x, values, *rest)
+
+    _LIB.impl("linear", linear, key)
+
+
+_autocast("cpu", "AutocastCPU")
+_autocast("cuda", "AutocastCUDA")
+
+
+# -- the backward pass --------------------------------------------------------------------------------------------------
+
+
+def _places(
+    indices: torch.Tensor, indptr: torch.Tensor, row_perm: torch.Tensor, v: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column in the dense W of every value place: int64, (kept columns, v) and (kept columns, 1).
+
+    Places of rows that the last group does not have are given row m.
+    """
+    m, groups = row_perm.shape[0], indptr.shape[0] - 1
+    order = F.pad(row_perm.long(), (0, groups * v - m), value=m).view(groups, v)
+    group = torch.repeat_interleave(
+        torch.arange(groups, device=indptr.device), indptr.diff(), output_size=indices.shape[0]
+    )
+    return order[group], indices.long().unsqueeze(1)
+
+
+def dense_weight(
+    values: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor, row_perm: torch.Tensor, k: int
+) -> torch.Tensor:
+    """The dense (m, k) matrix of packed tensors, differentiable with respect to the values."""
+    m, v = row_perm.shape[0], values.shape[1]
+    rows, columns = _places(indices, indptr, row_perm, v)
+    # One row more than W has takes the places of rows that the last group does not have.
+    return values.new_zeros(m + 1, k).index_put((rows, columns.expand_as(rows)), values)[:m]
+
+
+def _activation_gradient(grad: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, z, 0)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, z)
+    # Written out: aten::silu_backward cannot be differentiated again. In float32 at least, as ATen computes it.
+    wide = z if z.dtype == torch.float64 else z.float()
+    s = torch.sigmoid(wide)
+    return (grad * (s * (1 + wide * (1 - s)))).to(grad.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, values, indices, indptr, row_perm, bias, k, tile_k, activation, feature_out = inputs
+    # x is not needed for its own gradient: a frozen layer without a fused activation keeps no activations alive.
+    keep_x = activation is not None or ctx.needs_input_grad[1]
+    ctx.save_for_backward(x if keep_x else None, values, indices, indptr, row_perm, bias)
+    ctx.sizes = (k, tile_k, activation, feature_out)
+    ctx.x_dtype = x.dtype
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    x, values, indices, indptr, row_perm, bias = ctx.saved_tensors
+    k, tile_k, activation, feature_out = ctx.sizes
+    m = row_perm.shape[0]
+    if activation is not None:
+        z = torch.ops.shflnb.linear.default(
+            x, values, indices, indptr, row_perm, bias, k, tile_k, None, feature_out
+        )
+        grad = _activation_gradient(grad, z, activation)
+    tokens = math.prod(grad.shape[:-1])
+    flat = grad.reshape(tokens, m)
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = dense_weight(values, indices, indptr, row_perm, k).to(grad.dtype)
+        grad_x = (flat @ weight).reshape(*grad.shape[:-1], k).to(ctx.x_dtype)
+    if ctx.needs_input_grad[1]:
+        dense = F.pad(flat.t() @ x.reshape(tokens, k), (0, 0, 0, 1))
+        rows, columns = _places(indices, indptr, row_perm, values.shape[1])
+        grad_values = dense[rows, columns].to(values.dtype)
+    if bias is not None and ctx.needs_input_grad[5]:
+        grad_bias = flat.sum(0).to(bias.dtype)
+    return grad_x, grad_values, None, None, None, grad_bias, None, None, None, None
+
+
+torch.library.register_autograd("shflnb::linear", _backward, setup_context=_setup_context, lib=_LIB)

@@ -1,0 +1,33 @@
+"""What all tests share: the `gpu` marker, which skips with a reason that names what was found."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from shflnb.machine import CudaDriver, find_cuda
+
+
+def missing_gpu(found: CudaDriver, min_capability: tuple[int, int]) -> str | None:
+    """Why a test that needs a GPU cannot run here, or None when it can."""
+    wanted = f"needs a CUDA GPU of capability {min_capability[0]}.{min_capability[1]} or newer"
+    if found.problem is not None:
+        return f"{wanted}; found: {found.problem}"
+    best = max(found.devices, key=lambda device: device.capability)
+    if best.capability < min_capability:
+        return f"{wanted}; found: {best.name} of capability {best.capability[0]}.{best.capability[1]}"
+    if importlib.util.find_spec("numba_cuda") is None:
+        return f"{wanted}; found: {best.name}, but numba-cuda is not installed (extra cu12 or cu13)"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [(item, marker) for item in items if (marker := item.get_closest_marker("gpu")) is not None]
+    if not marked:
+        return
+    found = find_cuda()
+    for item, marker in marked:
+        reason = missing_gpu(found, marker.kwargs.get("min_capability", (8, 0)))
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
