@@ -1,0 +1,215 @@
+"""Devices, streams, device memory and kernel launches; the only file that knows cuda.core.
+
+Everything here works on plain addresses and sizes: what an array is, and whose stream is current, is `views.py`'s business.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import CaptureError, DeviceError, MissingDependencyError
+from . import compiler
+from .config import smem_limit
+
+__all__ = ["DeviceContext", "DeviceMemory", "KernelSpec", "LoadedKernel", "device_context", "is_capturing", "launcher"]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What is needed to build a kernel: a key (names the specialisation), its factory, its arguments and its size."""
+
+    key: str
+    name: str
+    family: str
+    """Which kernel it is: decides the target ("sm90" is assembled for sm_90a, the rest for the device's own sm_XY)."""
+    make: Callable[[], Callable[..., Any]]
+    arguments: int
+    threads: int
+    smem_bytes: int = 0
+    blocks_per_sm: int = 1
+
+    def signature(self) -> Sequence[Any]:
+        """Numba types of the arguments: all of them are uint64, so that a launch can pass plain Python ints."""
+        from numba.cuda import types
+
+        return [types.uint64] * self.arguments
+
+    def build(self, arch: str) -> compiler.Cubin:
+        """The kernel's machine code, from the disk cache or compiled now."""
+        return compiler.build(self.key, self.make, self.signature, arch, self.name, self.threads, self.blocks_per_sm)
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A kernel on a device, ready to launch."""
+
+    spec: KernelSpec
+    kernel: Any
+    context: DeviceContext
+    registers: int
+    local_bytes: int
+    from_cache: bool
+
+    def config(self, grid: int | tuple[int, ...]) -> Any:
+        """A launch configuration for this many blocks; keep it, it costs as much as the launch."""
+        from cuda.core import LaunchConfig
+
+        return LaunchConfig(grid=grid, block=self.spec.threads, shmem_size=self.spec.smem_bytes)
+
+
+class DeviceMemory:
+    """Bytes on a device that hold the copies of some host arrays, freed when this object goes."""
+
+    def __init__(self, context: DeviceContext, arrays: Sequence[np.ndarray]) -> None:
+        offsets, total = [], 0
+        for a in arrays:
+            offsets.append(total)
+            total += -(-a.nbytes // 256) * 256
+        driver = context.driver
+        error, pointer = driver.cuMemAlloc(max(total, 256))
+        if int(error):
+            raise DeviceError(f"{total / 2**20:.0f} MiB for a packed matrix could not be allocated on {context.name} ({error.name})")
+        self._free, self._pointer = driver.cuMemFree, pointer
+        self.nbytes = total
+        self.addresses = [int(pointer) + o for o in offsets]
+        for a, address in zip(arrays, self.addresses, strict=True):
+            if a.nbytes:
+                _check(driver.cuMemcpyHtoD(address, np.ascontiguousarray(a).ctypes.data, a.nbytes), "copy to the device")
+
+    def __del__(self) -> None:
+        pointer, self._pointer = getattr(self, "_pointer", None), None
+        if pointer is not None:
+            self._free(pointer)  # at interpreter exit the driver may already refuse; there is nothing left to free then
+
+
+def _check(result: Any, what: str) -> Any:
+    error = result[0]
+    if int(error):
+        raise DeviceError(f"{what} failed with {getattr(error, 'name', error)}; run `shflnb doctor` and report its output")
+    return result[1] if len(result) > 1 else None
+
+
+class DeviceContext:
+    """One CUDA device: its properties, its loaded kernels and its stream objects. Get one from `device_context`."""
+
+    def __init__(self, ordinal: int) -> None:
+        try:
+            from cuda.bindings import driver
+            from cuda.core import Device
+        except ImportError as error:
+            raise MissingDependencyError(
+                "cuda.core is needed to run on a GPU; install shflnb[cu13] (or shflnb[cu12] for a CUDA 12 driver)"
+            ) from error
+        self.driver = driver
+        self.ordinal = ordinal
+        self.device = Device(ordinal)
+        self.make_current()
+        self.name = str(self.device.name)
+        capability = self.device.compute_capability
+        self.capability = (int(capability[0]), int(capability[1]))
+        self.sm_count = int(self.device.properties.multiprocessor_count)
+        self.smem_limit = smem_limit(self.capability)
+        self._kernels: dict[str, LoadedKernel] = {}
+        self._streams: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def make_current(self) -> None:
+        """Make this device's primary context current in the calling thread."""
+        self.device.set_current()
+
+    def stream(self, handle: int) -> Any:
+        """The cuda.core stream of a raw handle; made once, since making one costs 5 us."""
+        found = self._streams.get(handle)
+        if found is None:
+            found = self._streams[handle] = self.device.create_stream(_StreamHandle(handle))
+        return found
+
+    def kernel(self, spec: KernelSpec, stream: int) -> LoadedKernel:
+        """The loaded kernel of a spec; builds and loads it at the first call. Raises `CaptureError` under capture then."""
+        found = self._kernels.get(spec.key)
+        if found is None:
+            self.refuse_capture(stream, f"compile or load the kernel {spec.name}")
+            with self._lock:
+                found = self._kernels.get(spec.key)
+                if found is None:
+                    found = self._kernels[spec.key] = self._load(spec)
+        return found
+
+    def refuse_capture(self, stream: int, what: str) -> None:
+        """Raise `CaptureError` when `stream` is being captured into a graph: `what` cannot be done then."""
+        if is_capturing(self, stream):
+            raise CaptureError(
+                f"the stream is being captured into a CUDA graph, and this call would have to {what}; "
+                "make the same call once before the capture to warm it up"
+            )
+
+    def arch(self, spec: KernelSpec) -> str:
+        """The target a spec is assembled for on this device."""
+        return compiler.arch_of(self.capability, spec.family)
+
+    def _load(self, spec: KernelSpec) -> LoadedKernel:
+        from cuda.core import ObjectCode
+
+        if spec.smem_bytes > self.smem_limit:
+            raise DeviceError(f"{spec.name} needs {spec.smem_bytes} bytes of shared memory; {self.name} gives a block {self.smem_limit}")
+        cubin = spec.build(self.arch(spec))
+        kernel = ObjectCode.from_cubin(cubin.code).get_kernel(cubin.name)
+        driver, device = self.driver, self.driver.CUdevice(self.ordinal)
+        handle = driver.CUkernel(int(kernel.handle))
+        attribute = driver.CUfunction_attribute
+        if spec.smem_bytes > 48 * 1024:
+            _check(
+                driver.cuKernelSetAttribute(
+                    attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, spec.smem_bytes, handle, device
+                ),
+                "raising the shared-memory limit",
+            )
+        registers = _check(driver.cuKernelGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, handle, device), "a query")
+        local = _check(driver.cuKernelGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, handle, device), "a query")
+        return LoadedKernel(spec, kernel, self, int(registers), int(local), cubin.from_cache)
+
+
+class _StreamHandle:
+    """A raw stream handle as an object that cuda.core takes for a stream."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self.handle)
+
+
+_CONTEXTS: dict[int, DeviceContext] = {}
+_CONTEXTS_LOCK = threading.Lock()
+
+
+def device_context(ordinal: int) -> DeviceContext:
+    """The one `DeviceContext` of a device; made at the first call."""
+    found = _CONTEXTS.get(ordinal)
+    if found is None:
+        with _CONTEXTS_LOCK:
+            found = _CONTEXTS.get(ordinal)
+            if found is None:
+                found = _CONTEXTS[ordinal] = DeviceContext(ordinal)
+    return found
+
+
+def is_capturing(context: DeviceContext, stream: int) -> bool:
+    """Whether a stream is being captured into a graph."""
+    driver = context.driver
+    error, status = driver.cuStreamIsCapturing(driver.CUstream(stream))
+    return int(error) == 0 and int(status) != 0
+
+
+@functools.cache
+def launcher() -> Callable[..., None]:
+    """cuda.core's `launch(stream, config, kernel, *arguments)`, imported once."""
+    from cuda.core import launch
+
+    return launch

@@ -1,0 +1,141 @@
+"""Problem -> Config: a tuned table first, a rule second. Pure: the same question gets the same answer, on any machine.
+
+The rule predicts a time for every candidate from four measured constants and takes the least. Measured on one NVIDIA H200
+on 2026-11-22 (fp16, warm, CUDA graphs) over the tiles below: a stage of the ring costs `STAGE_US + bytes * US_PER_KB`, or
+what the tensor cores need if that is longer; a tile costs its drain on top; a launch costs `LAUNCH_US`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from .config import Config, Problem, ceil_div, smem_limit
+
+__all__ = ["Choice", "candidates", "choose", "predict_us", "roof_us", "sweep_of", "table_key", "tuned_table"]
+
+STAGE_US = 0.12
+US_PER_KB = 0.0105
+MFLOP_PER_US = 5.6  # of one SM: 740 TFLOP/s over 132 of them, what cuBLAS reaches on random data
+DRAIN_US = 0.15
+DRAIN_US_PER_KB = 0.037
+LAUNCH_US = 2.8
+SM80_SLOWDOWN = 1.35  # mma.sync and copies by the computing warps, against wgmma and a producer
+
+# tile_n, tile_k, stages, producers
+_SM90_TILES = {
+    128: ((256, 64, 4, 1), (128, 64, 6, 1), (64, 64, 8, 1)),
+    64: ((512, 32, 4, 1), (256, 64, 5, 1), (128, 64, 6, 1)),
+    32: ((512, 32, 5, 2), (256, 64, 5, 2), (128, 64, 6, 1)),
+    16: ((512, 32, 5, 2), (256, 64, 5, 2), (128, 64, 6, 1)),
+}
+# tile_n, tile_k, stages, blocks per SM; 48 KiB and less a block, so that they fit every architecture from sm_80 on
+_SM80_TILES = {
+    128: ((256, 32, 4, 1), (128, 32, 4, 2), (64, 32, 4, 2)),
+    64: ((256, 32, 4, 2), (128, 32, 4, 4), (64, 32, 4, 4)),
+    32: ((256, 32, 4, 2), (128, 32, 4, 4), (64, 32, 4, 4)),
+    16: ((256, 32, 4, 2), (128, 32, 4, 4), (64, 32, 4, 4)),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config with the reason it was taken."""
+
+    config: Config
+    reason: str
+    predicted_us: float
+
+
+def candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:
+    """Every config worth trying for groups of v rows on a device of this capability, wgmma first."""
+    found = []
+    if capability[0] == 9:
+        for tile_n, tile_k, stages, producers in _SM90_TILES[v]:
+            found.append(Config("sm90", v, tile_n, tile_k, stages, dtype, producers=producers))
+    limit = smem_limit(capability)
+    for tile_n, tile_k, stages, blocks in _SM80_TILES[v]:
+        config = Config("sm80", v, tile_n, tile_k, stages, dtype, blocks_per_sm=blocks)
+        if config.smem_bytes <= limit:
+            found.append(config)
+    return found
+
+
+def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
+    """Predicted device time in microseconds, from the constants above."""
+    n_tiles = ceil_div(problem.n, config.tile_n)
+    tiles = problem.groups * n_tiles
+    slots = sm_count * config.blocks_per_sm
+    stages_per_tile = max(1.0, problem.columns / max(1, problem.groups) / config.tile_k)
+    stage = max(STAGE_US + config.stage_bytes / 1024 * US_PER_KB,
+                2e-6 * config.v * config.tile_n * config.tile_k / MFLOP_PER_US)  # fmt: skip
+    drain = DRAIN_US + 2 * config.v * config.tile_n / 1024 * DRAIN_US_PER_KB
+    longest = max(1.0, problem.longest / config.tile_k)
+    rounds = max(tiles / slots, 1.0)
+    if tiles / slots < 16:  # few rounds: the last one counts in full
+        rounds = float(ceil_div(tiles, slots))
+    busy = max(rounds * (stages_per_tile * stage + drain), longest * stage + drain)
+    if config.kernel == "sm80":
+        busy *= SM80_SLOWDOWN * (1.0 if config.blocks_per_sm == 1 else config.blocks_per_sm * 0.75)
+    return LAUNCH_US + busy
+
+
+def roof_us(problem: Problem, sm_count: int, clock_ghz: float = 1.755) -> tuple[float, str]:
+    """The least time of the stitched design, and what sets it: the tensor cores, or L2 to shared memory (50 B per clock).
+
+    An SM reads 2 (v + 256) bytes per kept column for a tile of 256 tokens (two groups or two token tiles do not share).
+    """
+    tensor = problem.flops / (sm_count * MFLOP_PER_US * 1e6)
+    rows = problem.columns * problem.n / 256
+    traffic = rows * 2 * (problem.v + 256) / (sm_count * 50 * clock_ghz * 1e3)
+    return (tensor, "tensor cores") if tensor >= traffic else (traffic, "L2 to shared memory")
+
+
+def sweep_of(config: Config, n_tiles: int) -> int:
+    """Column tiles that are swept over all groups before the next: keeps the activations in use inside L2.
+
+    Four tiles of 256 or 512 tokens measured best at k = 4096 and 8192 (8: +1 to +10 %, 2: +5 %; H200, 2026-11).
+    """
+    return max(1, min(n_tiles, 4 if config.tile_n >= 256 else 1024 // config.tile_n))
+
+
+def table_key(problem: Problem) -> str:
+    """Key of a tuned entry: sizes exactly, n and density by bucket, so that neighbours share what was measured."""
+    bucket = 1 << (max(1, problem.n) - 1).bit_length()
+    return f"v{problem.v} m{problem.m} k{problem.k} n{bucket} d{round(problem.density * 16)}"
+
+
+@functools.cache
+def tuned_table(device_name: str) -> dict[str, Any]:
+    """The committed table of a device: key -> the fields of a config. Empty for devices nobody has tuned."""
+    name = device_name.lower().replace(" ", "-") + ".json"
+    resource = resources.files("shflnb").joinpath("tuning", "data", name)
+    if not resource.is_file():
+        return {}
+    table: dict[str, Any] = json.loads(resource.read_text())["entries"]
+    return table
+
+
+def choose(
+    problem: Problem,
+    capability: tuple[int, int],
+    sm_count: int,
+    device_name: str = "",
+    remembered: dict[str, Any] | None = None,
+    only: Iterable[Config] | None = None,
+) -> Choice:
+    """The config for a problem: what was measured for it (by the user, then by us), else the least prediction."""
+    for source, table in (("tuned here", remembered or {}), ("tuned, committed", tuned_table(device_name))):
+        entry = table.get(table_key(problem))
+        if entry is not None and only is None:
+            config = Config(**{**entry, "dtype": problem.dtype, "epilogue": "plain"})
+            return Choice(config, source, predict_us(problem, config, sm_count))
+    pool = list(only) if only is not None else candidates(problem.v, problem.dtype, capability)
+    if capability[0] == 9 and only is None:
+        pool = [c for c in pool if c.kernel == "sm90"]
+    best = min(pool, key=lambda c: predict_us(problem, c, sm_count))
+    return Choice(best, "least predicted time", predict_us(problem, best, sm_count))

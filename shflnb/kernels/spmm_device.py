@@ -1,0 +1,438 @@
+"""The product on CUDA arrays: check, choose, launch. What `shflnb.ops` hands device arrays to.
+
+`matmul` works feature-major: x (k, n) and out (m, n), n contiguous. `linear` turns token-major arrays with a transpose
+kernel before and after, and passes feature-major views (strides (1, tokens)) through untouched. Arrays that are not
+16-byte aligned along n are copied into an aligned workspace first: k * n values, from the caller's own allocator.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from ..formats.layout import KernelLayout, to_mma, to_wgmma
+from ..formats.shflbw import ShflBWMatrix
+from .config import Config, Problem, ceil_div
+from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel, device_context, launcher
+from .select import Choice, choose, sweep_of
+from .views import DeviceView, current_stream, device_view, new_matrix
+
+__all__ = ["device_linear", "device_matmul", "kernel_spec", "plan_for", "problem_of"]
+
+PLANS_KEPT = 1024  # launch records a packed matrix keeps; a model whose batch changes at every call stays bounded
+ALIGNED, HAS_BIAS, BIAS_F32, HAS_RESIDUAL = 1, 2, 4, 8  # bits of the kernels' flags, as in epilogue.py
+NO_ROW = np.uint32(0xFFFFFFFF)
+ACTIVATIONS = (None, "relu", "gelu", "silu")
+_BUILD_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class DeviceWeights:
+    """A packed matrix in a kernel's layout on a device."""
+
+    memory: DeviceMemory
+    groups: int
+    longest_tiles: int
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Addresses of values, columns, schedule and rows, as the kernels take them."""
+        return tuple(self.memory.addresses)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a launch that does not change from call to call."""
+
+    choice: Choice
+    kernel: LoadedKernel
+    launch_config: Any
+    weights: DeviceWeights
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+    """groups, column tiles, sweep."""
+
+
+def kernel_spec(config: Config) -> KernelSpec:
+    """How to build the kernel of a config."""
+
+    def make() -> Any:
+        if config.kernel == "sm90":
+            from .spmm_sm90 import make_spmm_sm90
+
+            return make_spmm_sm90(config)
+        from .spmm_sm80 import make_spmm_sm80
+
+        return make_spmm_sm80(config)
+
+    return KernelSpec(repr(config), config.name, config.kernel, make, 16, config.threads, config.smem_bytes, config.blocks_per_sm)
+
+
+def _transpose_spec() -> KernelSpec:
+    from .transpose import TRANSPOSE_THREADS, make_transpose
+
+    return KernelSpec("transpose", "shflnb_transpose", "transpose", make_transpose, 7, TRANSPOSE_THREADS)
+
+
+def _copy_spec() -> KernelSpec:
+    from .transpose import COPY_THREADS, make_copy_strided
+
+    return KernelSpec("copy_strided", "shflnb_copy_strided", "copy", make_copy_strided, 8, COPY_THREADS)
+
+
+def problem_of(packed: ShflBWMatrix, n: int) -> Problem:
+    """The product of a packed matrix with n columns, as the selection sees it."""
+    m, k = packed.shape
+    lengths = np.diff(packed.indptr)
+    return Problem(m, k, n, packed.block[0], packed.dtype, int(packed.indptr[-1]), int(lengths.max(initial=0)))
+
+
+def _schedule(layout: KernelLayout, packed: ShflBWMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Values, columns, schedule and rows as the kernels take them; an empty group gets a tile of padding."""
+    counts = np.diff(layout.tile_ptr).astype(np.int64)
+    first = layout.tile_ptr[:-1].astype(np.int64)
+    padded = (np.diff(packed.indptr) != counts * layout.tile_k) | (counts == 0)
+    values, columns = layout.values, layout.columns
+    if (counts == 0).any():
+        first = np.where(counts == 0, layout.tiles, first)
+        counts = np.maximum(counts, 1)
+        values = np.concatenate([values, np.zeros(layout.tile_k * layout.v, values.dtype)])
+        columns = np.concatenate([columns, np.full(layout.tile_k, -1, np.int32)])
+    order = np.argsort(-counts, kind="stable")
+    schedule = np.stack([order, first[order], counts[order], padded[order]], axis=1).astype(np.uint32)
+    rows = np.full(len(counts) * layout.v, NO_ROW, np.uint32)
+    rows[: packed.shape[0]] = packed.row_perm
+    return values.view(np.uint16), columns, schedule, rows, int(counts.max(initial=1))
+
+
+def _weights(packed: ShflBWMatrix, context: DeviceContext, kernel: str, tile_k: int, stream: int) -> DeviceWeights:
+    key = ("weights", context.ordinal, kernel, tile_k)
+    found = packed.launch_cache.get(key)
+    if found is None:
+        context.refuse_capture(stream, "upload the packed weights")
+        with _BUILD_LOCK:
+            found = packed.launch_cache.get(key)
+            if found is None:
+                layout = (to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k)
+                *arrays, longest = _schedule(layout, packed)
+                context.make_current()
+                memory = DeviceMemory(context, arrays)
+                found = packed.launch_cache[key] = DeviceWeights(memory, len(arrays[2]), longest)
+    return found
+
+
+def plan_for(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int, config: Config | None = None) -> Plan:
+    """The launch record for n columns; built at the first call with this n, then found again.
+
+    Raises `CaptureError` when it would have to compile or upload while `stream` is captured.
+    """
+    key = ("plan", context.ordinal, n, epilogue, config)
+    plan: Plan | None = packed.launch_cache.get(key)
+    if plan is None:
+        problem = problem_of(packed, n)
+        if config is None:
+            choice = choose(problem, context.capability, context.sm_count, context.name, packed.launch_cache.get("tuned"))
+        else:
+            choice = choose(problem, context.capability, context.sm_count, only=[config])
+        chosen = choice.config.with_epilogue(epilogue)
+        kernel = context.kernel(kernel_spec(chosen), stream)
+        weights = _weights(packed, context, chosen.kernel, chosen.tile_k, stream)
+        n_tiles = ceil_div(n, chosen.tile_n)
+        tiles = weights.groups * n_tiles
+        grid = min(context.sm_count * chosen.blocks_per_sm, tiles) if chosen.kernel == "sm90" else tiles
+        plan = Plan(choice, kernel, kernel.config(grid), weights, weights.addresses,
+                    (weights.groups, n_tiles, sweep_of(chosen, n_tiles)))  # fmt: skip
+        if len(packed.launch_cache) > PLANS_KEPT:
+            for old in [k for k in packed.launch_cache if k[0] == "plan"]:
+                packed.launch_cache.pop(old, None)
+        packed.launch_cache[key] = plan
+    return plan
+
+
+def _check_operand(view: DeviceView, packed: ShflBWMatrix, what: str, device: int) -> None:
+    if view.dtype != packed.dtype:
+        raise DtypeError(f"{what} is {view.dtype}, packed is {packed.dtype}; convert one of them (packed.astype({view.dtype!r}))")
+    if view.device != device:
+        raise DeviceError(f"{what} is on device {view.device}, x on device {device}; all arrays of a call share one device")
+
+
+def _check_bias(bias: Any, packed: ShflBWMatrix, device: int) -> tuple[int, int]:
+    """Address and flags of a bias."""
+    if bias is None:
+        return 0, 0
+    view = device_view(bias, what="bias")
+    if view.shape != (packed.shape[0],):
+        raise ShapeError(f"bias has shape {view.shape}; expected ({packed.shape[0]},), one value a row of W")
+    if view.dtype not in ("float32", packed.dtype):
+        raise DtypeError(f"bias is {view.dtype}; expected {packed.dtype} or float32")
+    if view.device != device:
+        raise DeviceError(f"bias is on device {view.device}, x on device {device}; all arrays of a call share one device")
+    if packed.shape[0] > 1 and view.strides[0] != 1:
+        raise ArgumentError(f"bias has stride {view.strides[0]}; pass a contiguous vector")
+    return view.address, HAS_BIAS | (BIAS_F32 if view.dtype == "float32" else 0)
+
+
+def _rows(view: DeviceView) -> tuple[int, int, int, int, int]:
+    """(address, rows, cols, row stride, column stride) of a vector (one column) or matrix."""
+    if len(view.shape) == 1:
+        return view.address, view.shape[0], 1, view.strides[0], 1
+    return view.address, view.shape[0], view.shape[1], view.strides[0], view.strides[1]
+
+
+def _is_row_major(rows: int, cols: int, row_stride: int, col_stride: int) -> bool:
+    return (cols <= 1 or col_stride == 1) and (rows <= 1 or row_stride >= cols)
+
+
+def _overlap(a: tuple[int, int, int, int, int], b: tuple[int, int, int, int, int]) -> bool:
+    def span(t: tuple[int, int, int, int, int]) -> tuple[int, int]:
+        return t[0], t[0] + 2 * ((t[1] - 1) * t[3] + (t[2] - 1) * t[4] + 1)
+
+    if 0 in (a[1], a[2], b[1], b[2]):
+        return False
+    (a0, a1), (b0, b1) = span(a), span(b)
+    return a0 < b1 and b0 < a1
+
+
+class _Call:
+    """One call on one device and stream: launches kernels and keeps its workspaces alive until they are enqueued."""
+
+    def __init__(self, packed: ShflBWMatrix, x: Any, view: DeviceView) -> None:
+        self.packed, self.like, self.view = packed, x, view
+        self.context = device_context(view.device)
+        self.stream_handle = current_stream(x, view.device)
+        self.stream = self.context.stream(self.stream_handle)
+
+    def workspace(self, rows: int, cols: int) -> tuple[int, int, Any]:
+        """(address, leading dimension, owner) of an uninitialised feature-major matrix with aligned rows."""
+        ld = max(8, ceil_div(cols, 8) * 8)
+        owner = new_matrix(max(1, rows), ld, self.like, self.packed.dtype)
+        return device_view(owner, what="workspace").address, ld, owner
+
+    def copy(self, src: tuple[int, int, int], dst: tuple[int, int, int], rows: int, cols: int) -> None:
+        """dst[r, c] = src[r, c]; (address, row stride, column stride) each."""
+        if rows == 0 or cols == 0:
+            return
+        kernel = self.context.kernel(_copy_spec(), self.stream_handle)
+        grid = (ceil_div(cols, kernel.spec.threads), min(rows, 65535), 1)
+        launcher()(self.stream, kernel.config(grid), kernel.kernel, *src, *dst, rows, cols)
+
+    def transpose(self, src: int, lds: int, dst: int, ldd: int, rows: int, cols: int) -> None:
+        """dst[c, r] = src[r, c]; leading dimensions in values."""
+        if rows == 0 or cols == 0:
+            return
+        kernel = self.context.kernel(_transpose_spec(), self.stream_handle)
+        flags = (src % 16 == 0 and lds % 8 == 0) | (dst % 16 == 0 and ldd % 8 == 0) << 1
+        row_tiles = ceil_div(rows, 64)
+        if row_tiles > 65535:  # the grid's second dimension ends there: turn the matrix piece by piece
+            piece = 65535 * 64
+            for first in range(0, rows, piece):
+                self.transpose(src + 2 * first * lds, lds, dst + 2 * first, ldd, min(piece, rows - first), cols)
+            return
+        launcher()(self.stream, kernel.config((ceil_div(cols, 64), row_tiles, 1)), kernel.kernel, src, lds, dst, ldd, rows,
+                   cols, int(flags))  # fmt: skip
+
+    def product(self, x: int, ldx: int, out: int, ldo: int, n: int, bias: tuple[int, int], residual: tuple[int, int],
+                activation: str | None, config: Config | None) -> None:  # fmt: skip
+        """out (m, n) = f(W x + bias) + residual on aligned feature-major x; (address, leading dimension or flags) pairs."""
+        plain = activation is None and not bias[0] and not residual[0]
+        plan = plan_for(self.packed, self.context, n, "plain" if plain else activation or "identity", self.stream_handle, config)
+        flags = bias[1]
+        if residual[0]:
+            flags |= HAS_RESIDUAL
+        if (out | residual[0]) % 16 == 0 and (ldo | residual[1]) % 8 == 0:
+            flags |= ALIGNED
+        launcher()(self.stream, plan.launch_config, plan.kernel.kernel, *plan.head, x, out, bias[0], residual[0], n, ldx, ldo,
+                   residual[1], *plan.tail, flags)  # fmt: skip
+
+    def aligned_x(self, rows: tuple[int, int, int, int, int]) -> tuple[int, int, Any]:
+        """Address and leading dimension of x with 16-byte aligned rows: x itself, or a copy."""
+        address, k, n, row_stride, col_stride = rows
+        if k <= 1:
+            row_stride = ceil_div(max(row_stride, n, 1), 8) * 8
+        if (n <= 1 or col_stride == 1) and address % 16 == 0 and row_stride % 8 == 0 and n <= row_stride < 2**31:
+            return address, row_stride, None
+        target, ld, owner = self.workspace(k, n)
+        self.copy((address, rows[3], col_stride), (target, ld, 1), k, n)
+        return target, ld, owner
+
+
+def _activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ArgumentError(f"activation is {activation!r}; expected one of {ACTIVATIONS}")
+
+
+def device_matmul(
+    packed: ShflBWMatrix,
+    x: Any,
+    *,
+    bias: Any = None,
+    activation: str | None = None,
+    residual: Any = None,
+    out: Any = None,
+    config: Config | None = None,
+) -> Any:
+    """out (m, n) = activation(W @ x + bias[:, None]) + residual on the device and current stream of x (k, n) or (k,).
+
+    float16 and bfloat16, float32 accumulation. Workspace: none for aligned arrays with contiguous columns.
+    """
+    view = device_view(x, what="x")
+    m, k = packed.shape
+    if packed.dtype not in ("float16", "bfloat16"):
+        raise DtypeError(f"packed is {packed.dtype}; the GPU kernels take float16 and bfloat16 (packed.astype('float16'))")
+    _check_operand(view, packed, "x", view.device)
+    if len(view.shape) not in (1, 2):
+        raise ShapeError(f"x has shape {view.shape}; expected ({k}, n) or ({k},)")
+    rows = _rows(view)
+    if rows[1] != k:
+        raise ShapeError(f"x has {rows[1]} rows; packed needs k = {k}")
+    _activation(activation)
+    n = rows[2]
+    bias_at = _check_bias(bias, packed, view.device)
+    out_shape = (m,) if len(view.shape) == 1 else (m, n)
+    res_rows = _checked(residual, "residual", packed, view, out_shape)
+    if out is None:
+        out = new_matrix(m, n, x, packed.dtype)
+        result = out if len(view.shape) == 2 else out.reshape(m)
+        out_rows = _rows(device_view(out, what="out"))
+    else:
+        result = out
+        checked = _checked(out, "out", packed, view, out_shape)
+        if _overlap(checked, rows) or (res_rows is not None and _overlap(checked, res_rows) and checked != res_rows):
+            raise ArgumentError("out overlaps x or residual in memory; pass an array of its own")
+        out_rows = checked
+    if m == 0 or n == 0:
+        return result
+    call = _Call(packed, x, view)
+    _run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
+    return result
+
+
+def _checked(a: Any, what: str, packed: ShflBWMatrix, x: DeviceView, shape: tuple[int, ...]) -> Any:
+    """The (address, rows, cols, strides) of out or residual after its checks; None for None."""
+    if a is None:
+        return None
+    view = device_view(a, what=what)
+    _check_operand(view, packed, what, x.device)
+    if view.shape != shape:
+        raise ShapeError(f"{what} has shape {view.shape}; expected {shape}")
+    return _rows(view)
+
+
+def _run(call: _Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res_rows: Any, activation: str | None,
+         config: Config | None) -> None:  # fmt: skip
+    """The product between checked feature-major operands; misaligned or strided ones go through workspaces."""
+    m = call.packed.shape[0]
+    x_address, ldx, keep_x = call.aligned_x(rows)
+    residual, keep_r = (0, 0), None
+    if res_rows is not None:
+        if _is_row_major(m, n, res_rows[3], res_rows[4]):
+            residual = (res_rows[0], res_rows[3] if m > 1 else max(8, ceil_div(n, 8) * 8))
+        else:
+            target, ld, keep_r = call.workspace(m, n)
+            call.copy((res_rows[0], res_rows[3], res_rows[4]), (target, ld, 1), m, n)
+            residual = (target, ld)
+    if _is_row_major(m, n, out_rows[3], out_rows[4]):
+        ldo = out_rows[3] if m > 1 else max(8, ceil_div(n, 8) * 8)
+        call.product(x_address, ldx, out_rows[0], ldo, n, bias, residual, activation, config)
+    else:
+        target, ld, keep_o = call.workspace(m, n)
+        call.product(x_address, ldx, target, ld, n, bias, residual, activation, config)
+        call.copy((target, ld, 1), (out_rows[0], out_rows[3], out_rows[4]), m, n)
+        del keep_o
+    del keep_x, keep_r
+
+
+def device_linear(
+    x: Any,
+    packed: ShflBWMatrix,
+    bias: Any = None,
+    *,
+    activation: str | None = None,
+    residual: Any = None,
+    out: Any = None,
+    layout: str = "token",
+    config: Config | None = None,
+) -> Any:
+    """activation(x @ W.T + bias) + residual, (..., k) -> (..., m); `layout="feature"` returns a view with strides (1, tokens).
+
+    Token-major x is turned by a transpose kernel (a workspace of tokens * k values), and so is a token-major result;
+    x whose tokens are contiguous (strides (1, tokens)) is used as it is.
+    """
+    if layout not in ("token", "feature"):
+        raise ArgumentError(f"layout is {layout!r}; expected 'token' or 'feature'")
+    m, k = packed.shape
+    shape = tuple(x.shape)
+    if not shape or shape[-1] != k:
+        raise ShapeError(f"x has shape {shape}; expected (..., {k}), the last dimension is packed's k")
+    lead = shape[:-1]
+    flat = x if len(shape) == 2 else x.reshape(-1, k)
+    view = device_view(flat, what="x")
+    if packed.dtype not in ("float16", "bfloat16"):
+        raise DtypeError(f"packed is {packed.dtype}; the GPU kernels take float16 and bfloat16 (packed.astype('float16'))")
+    _check_operand(view, packed, "x", view.device)
+    _activation(activation)
+    n = view.shape[0]
+    bias_at = _check_bias(bias, packed, view.device)
+    res_flat = None if residual is None else residual.reshape(-1, m)
+    res = _checked(res_flat, "residual", packed, view, (n, m))
+    out_flat = None if out is None else (out if len(shape) == 2 else out.reshape(-1, m))
+    if out is not None:
+        if tuple(out.shape) != (*lead, m):
+            raise ShapeError(f"out has shape {tuple(out.shape)}; expected {(*lead, m)}")
+        if device_view(out_flat, what="out").address != device_view(out, what="out").address:
+            raise ArgumentError("out cannot be flattened to (tokens, m) without a copy; pass a contiguous array")
+    out_at = _checked(out_flat, "out", packed, view, (n, m))
+    if out_at is not None and (_overlap(out_at, _rows(view)) or (res is not None and out_at != res and _overlap(out_at, res))):
+        raise ArgumentError("out overlaps x or residual in memory; pass an array of its own")
+    call = _Call(packed, flat, view)
+    if out_flat is None:
+        if layout == "feature":
+            ld = n if n % 8 == 0 else ceil_div(n, 8) * 8
+            out_flat = new_matrix(m, max(ld, 1), flat, packed.dtype)[:, :n].T
+        else:
+            out_flat = new_matrix(n, m, flat, packed.dtype)
+        out_at = _rows(device_view(out_flat, what="out"))
+    if m and n:
+        _run_linear(call, view, n, out_at, bias_at, res, activation, config)
+    if out is not None:
+        return out
+    return out_flat if len(shape) == 2 else out_flat.reshape(*lead, m)
+
+
+def _run_linear(call: _Call, view: DeviceView, n: int, out_at: Any, bias: tuple[int, int], res: Any, activation: str | None,
+                config: Config | None) -> None:  # fmt: skip
+    m, k = call.packed.shape
+    address, _, _, token_stride, feature_stride = _rows(view)
+    keep = []
+    if token_stride == 1 or n == 1:
+        x_rows = (address, k, n, feature_stride, 1)
+    elif feature_stride == 1 and k > 1:
+        target, ld, owner = call.workspace(k, n)
+        keep.append(owner)
+        call.transpose(address, token_stride, target, ld, n, k)
+        x_rows = (target, k, n, ld, 1)
+    else:
+        x_rows = (address, k, n, feature_stride, token_stride)
+    res_rows = None if res is None else (res[0], m, n, res[4], res[3])
+    if res_rows is not None and not _is_row_major(m, n, res_rows[3], res_rows[4]) and res[4] == 1:
+        target, ld, owner = call.workspace(m, n)
+        keep.append(owner)
+        call.transpose(res[0], res[3], target, ld, n, m)
+        res_rows = (target, m, n, ld, 1)
+    out_rows = (out_at[0], m, n, out_at[4], out_at[3])
+    if out_at[4] == 1 and m > 1 and n > 1:  # token-major out: the product into a workspace, then a transpose
+        target, ld, owner = call.workspace(m, n)
+        keep.append(owner)
+        _run(call, x_rows, (target, m, n, ld, 1), n, bias, res_rows, activation, config)
+        call.transpose(target, ld, out_at[0], out_at[3], m, n)
+    else:
+        _run(call, x_rows, out_rows, n, bias, res_rows, activation, config)
+    del keep
+
+
+matmul, linear = device_matmul, device_linear
