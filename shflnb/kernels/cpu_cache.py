@@ -1,8 +1,8 @@
 """Disk cache of the compiled CPU kernels: Numba's object code behind a checksum, one file per kernel and signature.
 
 Numba's own `cache=True` trusts what it finds (a cut index raises, a flipped bit in the object code may crash the
-process) and refuses to start where it can write nowhere. Here a file that is missing, truncated, garbled or written by two
-processes at once means a recompute, and a directory that cannot be written means a slower start. The key holds the
+process) and refuses to start where it can write nowhere. Here a file that is missing, truncated, garbled or written by
+two processes at once means a recompute, and a directory that cannot be written means a slower start. The key holds the
 sources of the kernels, the versions of Numba and llvmlite, the processor, and the kernel's own configuration.
 """
 
@@ -68,7 +68,7 @@ class KernelCache(_Cache):
         return CompileResult._rebuild(target_context, *pickle.loads(body))
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Write the compiled kernel; a folder that cannot be written costs a compile at the next start, nothing else."""
+        """Write the compiled kernel; a folder that cannot be written costs a compile at the next start."""
         body = dumps(data._reduce())
         path = self.path(sig, data.codegen)
         try:

@@ -13,7 +13,8 @@ from numba.extending import overload
 
 from .cpu_simd import as_bits, as_float
 
-__all__ = ["ACTIVATION_CODES", "FLOAT16", "activate", "narrow_bfloat16", "narrow_float16", "widen_bfloat16", "widen_float16"]
+__all__ = ["ACTIVATION_CODES", "FLOAT16", "activate", "narrow_bfloat16", "narrow_float16", "widen_bfloat16",
+           "widen_float16"]  # fmt: skip
 
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 FLOAT16 = 1
@@ -25,13 +26,13 @@ _FAST = {"error_model": "numpy", "forceinline": True}
 
 
 @njit(**_FAST)
-def widen_bfloat16(bits):  # type: ignore[no-untyped-def]
+def widen_bfloat16(bits):
     """uint16 holding a bfloat16 -> float32 (exact)."""
     return as_float(_u32(_u32(bits) << _u32(16)))
 
 
 @njit(**_FAST)
-def narrow_bfloat16(number):  # type: ignore[no-untyped-def]
+def narrow_bfloat16(number):
     """float32 -> uint16 holding the nearest bfloat16, ties to even; a NaN stays a (quiet) NaN."""
     bits = as_bits(number)
     rounded = _u32(bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))) >> _u32(16)
@@ -41,7 +42,7 @@ def narrow_bfloat16(number):  # type: ignore[no-untyped-def]
 
 
 @njit(**_FAST)
-def widen_float16(bits):  # type: ignore[no-untyped-def]
+def widen_float16(bits):
     """uint16 holding a float16 -> float32 (exact, subnormals too, whatever the denormal mode of the processor)."""
     half = _u32(bits)
     sign = _u32((half & _u32(0x8000)) << _u32(16))
@@ -54,7 +55,7 @@ def widen_float16(bits):  # type: ignore[no-untyped-def]
 
 
 @njit(**_FAST)
-def narrow_float16(number):  # type: ignore[no-untyped-def]
+def narrow_float16(number):
     """float32 -> uint16 holding the nearest float16, ties to even; too large becomes Inf, a NaN stays a (quiet) NaN."""
     bits = as_bits(number)
     sign = (bits >> _u32(16)) & _u32(0x8000)
@@ -80,7 +81,12 @@ _TAIL = tuple(_f32(c) for c in (0.121513947, -0.206402618, 0.12322504, -0.046213
 
 
 @njit(**_FAST)
-def _exp32(x, low):  # type: ignore[no-untyped-def]
+def _power_of_2(n):
+    return as_float(_u32((n + np.int32(127)) << np.int32(23)))
+
+
+@njit(**_FAST)
+def _exp32(x, low):
     """exp(x + low) in float32, |low| << |x|, to 2 units in the last place; 0 below -104, Inf above 89, NaN for NaN."""
     x = _f32(-105.0) if x < _f32(-105.0) else (_f32(89.5) if x > _f32(89.5) else x)
     n = (x * _LOG2_E + _ROUND) - _ROUND
@@ -89,12 +95,11 @@ def _exp32(x, low):  # type: ignore[no-untyped-def]
     p = c[0] + r * (c[1] + r * (c[2] + r * (c[3] + r * (c[4] + r * (c[5] + r * c[6])))))
     whole = np.int32(n) if n == n else np.int32(0)
     half = np.int32(whole >> np.int32(1))  # two steps: 2**n itself leaves the range of normal numbers
-    rest = np.int32(whole - half)
-    return p * as_float(_u32((half + np.int32(127)) << np.int32(23))) * as_float(_u32((rest + np.int32(127)) << np.int32(23)))
+    return p * _power_of_2(half) * _power_of_2(np.int32(whole - half))
 
 
 @njit(**_FAST)
-def _gelu32(x):  # type: ignore[no-untyped-def]
+def _gelu32(x):
     """x * Phi(x), from the tail 1 - Phi(|x|), which keeps its relative accuracy where Phi itself is next to 0."""
     a = -x if x < _f32(0.0) else x
     b = _f32(14.5) if a > _f32(14.5) else a  # the tail is 0 there in float32
@@ -109,16 +114,16 @@ def _gelu32(x):  # type: ignore[no-untyped-def]
     return x * (tail if x < _f32(0.0) else _f32(1.0) - tail)
 
 
-def _activate(number, code):  # type: ignore[no-untyped-def]
+def _activate(number, code):
     raise NotImplementedError("device code: only Numba calls it")
 
 
 @overload(_activate, jit_options=_FAST)
-def _activate_overload(number, code):  # type: ignore[no-untyped-def]
+def _activate_overload(number, code):
     """float32 takes the vector code above, float64 the correctly rounded library functions."""
     if number == types.float32:
 
-        def single(number, code):  # type: ignore[no-untyped-def]
+        def single(number, code):
             if code == 1:
                 return _f32(0.0) if number < _f32(0.0) else number
             if code == 2:
@@ -127,7 +132,7 @@ def _activate_overload(number, code):  # type: ignore[no-untyped-def]
 
         return single
 
-    def double(number, code):  # type: ignore[no-untyped-def]
+    def double(number, code):
         if code == 1:
             return 0.0 if number < 0.0 else number
         if code == 2:
@@ -138,7 +143,7 @@ def _activate_overload(number, code):  # type: ignore[no-untyped-def]
 
 
 @njit(**_FAST)
-def activate(row, code):  # type: ignore[no-untyped-def]
+def activate(row, code):
     """Apply an activation in place to a contiguous run of numbers; `code` is one of `ACTIVATION_CODES`."""
     if code == 1:
         for i in range(row.shape[0]):

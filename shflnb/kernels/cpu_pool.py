@@ -1,9 +1,9 @@
 """Worker threads and workspaces of the CPU kernels.
 
 Our own few threads, not `numba.prange`: Numba's default layer aborts the process when two threads launch at once, its
-choice of layer is global to the process, and its parallel functions take seconds to compile. A kernel here is a
-`nogil` function that claims pieces of work from a shared counter until none is left, so the calling thread never waits for
-a worker that has not started: it does the work itself.
+choice of layer is global to the process, and its parallel functions take seconds to compile. A kernel here is a `nogil`
+function that claims pieces of work from a shared counter until none is left, so the calling thread never waits for a
+worker that has not started: it does the work itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Phases of the CPU kernels that move numbers: x to the slab, weights to a chunk, accumulators to the rows of out.
 
 `make_runs(half)` gives the four phases for one kind of storage: "half" storage is uint16 views of float16 (`form` is
-`FLOAT16`) or bfloat16, widened to float32 on the way in and rounded once on the way out; otherwise numbers move as they are.
+`FLOAT16`) or bfloat16, widened to float32 on the way in and rounded once on the way out; else numbers move as they are.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Runs(NamedTuple):
 
 
 @njit(**_FAST)
-def _copy_run(slab, at, x, i, j, count, form):  # type: ignore[no-untyped-def]
+def _copy_run(slab, at, x, i, j, count, form):
     """slab[at:at+count] = x[i, j:j+count] where x has unit stride along its second axis."""
     size = slab.itemsize
     copy_bytes(slab, at * size, x, i * x.strides[0] + j * size, count * size)
 
 
 @njit(**_FAST)
-def _widen_run(slab, at, x, i, j, count, form):  # type: ignore[no-untyped-def]
+def _widen_run(slab, at, x, i, j, count, form):
     """As `_copy_run`, for 16-bit numbers widened to float32."""
     to, row = slab[at : at + count], x[i]
     if form == FLOAT16:
@@ -49,14 +49,14 @@ def _widen_run(slab, at, x, i, j, count, form):  # type: ignore[no-untyped-def]
 
 
 @njit(**_FAST)
-def _copy_back(acc, at, count, out, i, j, form):  # type: ignore[no-untyped-def]
+def _copy_back(acc, at, count, out, i, j, form):
     """out[i, j:j+count] = acc[at:at+count] where out has unit stride along its second axis."""
     size = acc.itemsize
     copy_bytes(out, i * out.strides[0] + j * size, acc, at * size, count * size)
 
 
 @njit(**_FAST)
-def _narrow_back(acc, at, count, out, i, j, form):  # type: ignore[no-untyped-def]
+def _narrow_back(acc, at, count, out, i, j, form):
     """As `_copy_back`, rounded to 16 bits."""
     row, to = acc[at : at + count], out[i]
     if form == FLOAT16:
@@ -68,17 +68,17 @@ def _narrow_back(acc, at, count, out, i, j, form):  # type: ignore[no-untyped-de
 
 
 @njit(**_INLINE)
-def _same(number, form):  # type: ignore[no-untyped-def]
+def _same(number, form):
     return number
 
 
 @njit(**_INLINE)
-def _widen(number, form):  # type: ignore[no-untyped-def]
+def _widen(number, form):
     return widen_float16(number) if form == FLOAT16 else widen_bfloat16(number)
 
 
 @njit(**_INLINE)
-def _narrow(number, form):  # type: ignore[no-untyped-def]
+def _narrow(number, form):
     return narrow_float16(number) if form == FLOAT16 else narrow_bfloat16(number)
 
 
@@ -89,7 +89,7 @@ def make_runs(half: bool) -> Runs:
     read, write = (_widen, _narrow) if half else (_same, _same)
 
     @njit(**_FAST)
-    def load_block(slab, ld, x, i0, rows, j0, cols, form):  # type: ignore[no-untyped-def]
+    def load_block(slab, ld, x, i0, rows, j0, cols, form):
         """slab[i*ld + j] = x[i0+i, j0+j] for i < rows, j < cols; any strides."""
         if x.strides[1] == x.itemsize or cols == 1:
             if ld == cols and x.strides[0] == cols * x.itemsize:
@@ -107,7 +107,7 @@ def make_runs(half: bool) -> Runs:
                     slab[i * ld + j] = read(x[i0 + i, j0 + j], form)
 
     @njit(**_FAST)
-    def load_weights(values, weights, start, count, form):  # type: ignore[no-untyped-def]
+    def load_weights(values, weights, start, count, form):
         """Widened `values[start:start+count]` in `weights` (16-bit storage), or `values` itself.
 
         Returns the array and the place in it where `values[0]` is or would be.
@@ -118,7 +118,7 @@ def make_runs(half: bool) -> Runs:
         return values, 0
 
     @njit(**_FAST)
-    def finish_rows(acc, width, cols, places, c0, out, bias, residual, activation, form):  # type: ignore[no-untyped-def]
+    def finish_rows(acc, width, cols, places, c0, out, bias, residual, activation, form):
         """out[places[r], c0:c0+cols] = act(acc[r*width:r*width+cols] + bias[places[r]]) + residual at the same places.
 
         `acc` is used up.
@@ -145,7 +145,7 @@ def make_runs(half: bool) -> Runs:
                 out[places[r], c0 + c] = write(acc[r * width + c], form)
 
     @njit(**_FAST)
-    def finish_columns(acc, v, cols, places, c0, out, bias, residual, activation, form):  # type: ignore[no-untyped-def]
+    def finish_columns(acc, v, cols, places, c0, out, bias, residual, activation, form):
         """out[places[r], c0+t] = act(acc[t*v+r] + bias[places[r]]) + residual at the same place, t < cols.
 
         `acc` is used up.

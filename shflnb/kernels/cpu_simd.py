@@ -1,11 +1,11 @@
-"""One Numba intrinsic per CPU idea that plain Numba cannot say: a register tile, a memory copy, an atomic add, a bit cast.
+"""One Numba intrinsic per idea that plain Numba cannot say: a register tile, a memory copy, an atomic add, a bit cast.
 
 The register tile is the whole of the arithmetic. It keeps `scalars x vectors` vector accumulators in registers and, for
 each kept column, loads `vectors` vectors from one operand and broadcasts `scalars` numbers from the other:
 
     acc[q, p*lanes + l] += sum over j of  scalar[j, q] * vector[j, p*lanes + l]          (numpy: acc += S.T @ V)
 
-One of the two operands is stitched: its row is `indices[start + j]`; the other one is the packed weights, read in order.
+One of the two operands is stitched: its row is `indices[start + j]`; the other is the packed weights, read in order.
 """
 
 from __future__ import annotations
@@ -60,25 +60,27 @@ def _at(builder: Any, base: Any, index: Any, pointer_type: Any = None) -> Any:
 
 
 def make_tile(vectors: int, scalars: int, vector_bytes: int, stitch_vectors: bool) -> Any:
-    """Make the intrinsic `tile(vec, vec_at, vec_row, sca, sca_at, sca_row, sca_step, indices, start, count, acc, acc_at,
-    acc_row, fresh)` for `vectors x scalars` accumulators; offsets and strides count elements.
+    """Make the intrinsic of a register tile of `vectors x scalars` accumulators:
 
-    `vec` and `sca` are 1-D; row j of each begins at `*_at + r * *_row`, where r is `indices[start + j]` for the stitched
-    operand (the vectors if `stitch_vectors`, else the scalars) and `start + j` for the other. The sum over
-    `j < count` runs in the order of j from zero; it is then added to `acc` once, or put there if `fresh`. The bits depend
-    on nothing else.
+        tile((vec, at, row), (sca, at, row, step), (indices, start, count), (acc, at, row), fresh)
+
+    All arrays are 1-D, places and strides count elements. Row j of `vec` and `sca` begins at `at + r * row`, where r
+    is `indices[start + j]` for the stitched operand (the vectors if `stitch_vectors`, else the scalars) and `start + j`
+    for the other; `step` lies between the scalars of a row. The sum over `j < count` runs in the order of j from zero;
+    it is then added to `acc` once, or put there if `fresh`. The bits depend on nothing else.
     """
     shape = (vectors, scalars, vector_bytes, stitch_vectors)
 
     @intrinsic
-    def tile(_context, vec, vec_at, vec_row, sca, sca_at, sca_row, sca_step, indices, start, count, acc, acc_at, acc_row,
-             fresh):  # fmt: skip
-        i = types.intp
-        signature = types.void(vec, i, i, sca, i, i, i, indices, i, i, acc, i, i, types.boolean)
+    def tile(_context, vec, sca, kept, acc, fresh):
+        signature = types.void(vec, sca, kept, acc, types.boolean)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointers = [_pointer(context, builder, sig.args[a], args[a]) for a in (0, 3, 7, 10)]
-            _emit_tile(builder, shape, acc.dtype, pointers, args)
+            operands = []
+            for given, value in zip(sig.args[:4], args[:4], strict=True):
+                array, *numbers = cgutils.unpack_tuple(builder, value)
+                operands.append((_pointer(context, builder, given[0], array), *numbers))
+            _emit_tile(builder, shape, acc[0].dtype, operands, args[4])
             return context.get_dummy_value()
 
         return signature, codegen
@@ -86,11 +88,13 @@ def make_tile(vectors: int, scalars: int, vector_bytes: int, stitch_vectors: boo
     return tile
 
 
-def _emit_tile(builder: Any, shape: tuple[int, int, int, bool], dtype: Any, pointers: list, args: Any) -> None:
+def _emit_tile(builder: Any, shape: tuple[int, int, int, bool], dtype: Any, operands: list[Any], fresh: Any) -> None:
     """Write the loop over kept columns of one tile as LLVM IR."""
     vectors, scalars, vector_bytes, stitch_vectors = shape
-    _, vec_at, vec_row, _, sca_at, sca_row, sca_step, _, start, count, _, acc_at, acc_row, fresh = args
-    vec, sca, indices, acc = pointers
+    vec, vec_at, vec_row = operands[0]
+    sca, sca_at, sca_row, sca_step = operands[1]
+    indices, start, count = operands[2]
+    acc, acc_at, acc_row = operands[3]
     single = dtype == types.float32
     itemsize = 4 if single else 8
     lanes = vector_bytes // itemsize
@@ -129,7 +133,7 @@ def _emit_tile(builder: Any, shape: tuple[int, int, int, bool], dtype: Any, poin
 
     builder.position_at_end(done)
     totals = [builder.phi(vector) for _ in new]
-    for phi, total, result in zip(sums, totals, new):  # noqa: B905 (same length; 3.10 has strict=, the lists are ours)
+    for phi, total, result in zip(sums, totals, new, strict=True):
         phi.add_incoming(zero, before)
         phi.add_incoming(result, loop)
         total.add_incoming(zero, before)
@@ -150,11 +154,11 @@ def copy_bytes(_context, dst, dst_byte, src, src_byte, count):
     signature = types.void(dst, i, src, i, i)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        to, at = (
-            _at(builder, builder.bitcast(_pointer(context, builder, sig.args[a], args[a]), _I8.as_pointer()), args[a + 1])
-            for a in (0, 2)
-        )
-        cgutils.raw_memcpy(builder, to, at, args[4], 1)
+        places = []
+        for a in (0, 2):
+            start = builder.bitcast(_pointer(context, builder, sig.args[a], args[a]), _I8.as_pointer())
+            places.append(_at(builder, start, args[a + 1]))
+        cgutils.raw_memcpy(builder, *places, args[4], 1)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -13,7 +13,6 @@ from numba import cuda
 from numba.cuda import types
 
 from .ptx import (
-    div_u32,
     instruction,
     ld_global_nc_f32,
     ld_global_u16,
@@ -25,7 +24,7 @@ from .ptx import (
     unpack_low,
 )
 
-__all__ = ["ALIGNED", "BIAS_F32", "HAS_BIAS", "HAS_RESIDUAL", "locate_tile", "make_activation", "make_load_bias",
+__all__ = ["ALIGNED", "BIAS_F32", "HAS_BIAS", "HAS_RESIDUAL", "NO_ROW", "make_activation", "make_load_bias",
            "make_store_chunk"]  # fmt: skip
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
@@ -54,22 +53,6 @@ _silu = instruction(
     "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.f32 e, e; add.f32 e, e, 0f3F800000; rcp.approx.f32 e, e; "
     "mul.f32 $0, $1, e; }",
     (f32,), "=f,f", f32, volatile=False)  # fmt: skip
-
-
-@cuda.jit(device=True, forceinline=True)
-def locate_tile(t, groups, n_tiles, chunk):
-    """Tile t -> (place in the sorted schedule, column tile): `chunk` column tiles are swept over all groups, then the next.
-
-    Within a chunk the places are in order of falling length, so that blocks that walk the tiles in snake order get equal
-    work; `chunk` keeps the activations of the resident blocks inside L2.
-    """
-    sweep = div_u32(t, u32(chunk * groups))
-    rest = u32(t - sweep * u32(chunk * groups))
-    width = u32(n_tiles - sweep * chunk)
-    if width > chunk:
-        width = chunk
-    place = div_u32(rest, width)
-    return place, u32(sweep * chunk + rest - place * width)
 
 
 def make_activation(epilogue: str) -> Callable[..., Any]:

@@ -5,9 +5,9 @@ Everything here works on plain addresses and sizes: what an array is, and whose 
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..errors import CaptureError, DeviceError, MissingDependencyError
 from . import compiler
 from .config import smem_limit
 
-__all__ = ["DeviceContext", "DeviceMemory", "KernelSpec", "LoadedKernel", "device_context", "is_capturing", "launcher"]
+__all__ = ["DeviceContext", "DeviceMemory", "KernelSpec", "LoadedKernel", "device_context", "is_capturing"]
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,16 @@ class DeviceContext:
     def __init__(self, ordinal: int) -> None:
         try:
             from cuda.bindings import driver
-            from cuda.core import Device
+            from cuda.core import Device, launch
         except ImportError as error:
             raise MissingDependencyError(
                 "cuda.core is needed to run on a GPU; install shflnb[cu13] (or shflnb[cu12] for a CUDA 12 driver)"
             ) from error
         self.driver = driver
         self.ordinal = ordinal
+        self._launch = launch
         self.device = Device(ordinal)
+        self.is_only_device = int(driver.cuDeviceGetCount()[1]) == 1
         self.make_current()
         self.name = str(self.device.name)
         capability = self.device.compute_capability
@@ -122,6 +124,31 @@ class DeviceContext:
     def make_current(self) -> None:
         """Make this device's primary context current in the calling thread."""
         self.device.set_current()
+        _THREAD.ordinal = self.ordinal
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this device current, and the caller's device again afterwards."""
+        if self.is_only_device:
+            if getattr(_THREAD, "ordinal", None) is None:
+                self.make_current()
+            yield
+            return
+        error, before = self.driver.cuCtxGetCurrent()
+        self.make_current()
+        try:
+            yield
+        finally:
+            if not int(error) and int(before):
+                self.driver.cuCtxSetCurrent(before)
+
+    def launch(self, stream: int, config: Any, kernel: LoadedKernel, *arguments: int) -> None:
+        """Enqueue a kernel on a stream, given by its raw handle; arguments are addresses and sizes as Python ints."""
+        if self.is_only_device and getattr(_THREAD, "ordinal", None) is not None:
+            self._launch(self._streams.get(stream) or self.stream(stream), config, kernel.kernel, *arguments)
+        else:
+            with self.current():
+                self._launch(self.stream(stream), config, kernel.kernel, *arguments)
 
     def stream(self, handle: int) -> Any:
         """The cuda.core stream of a raw handle; made once, since making one costs 5 us."""
@@ -185,6 +212,9 @@ class _StreamHandle:
         return (0, self.handle)
 
 
+_THREAD = threading.local()
+"""`ordinal`: the device this thread has made current, on machines with one device; a new thread starts without a context."""
+
 _CONTEXTS: dict[int, DeviceContext] = {}
 _CONTEXTS_LOCK = threading.Lock()
 
@@ -205,11 +235,3 @@ def is_capturing(context: DeviceContext, stream: int) -> bool:
     driver = context.driver
     error, status = driver.cuStreamIsCapturing(driver.CUstream(stream))
     return int(error) == 0 and int(status) != 0
-
-
-@functools.cache
-def launcher() -> Callable[..., None]:
-    """cuda.core's `launch(stream, config, kernel, *arguments)`, imported once."""
-    from cuda.core import launch
-
-    return launch

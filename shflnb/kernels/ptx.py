@@ -141,6 +141,12 @@ ld_global_v4 = instruction(
     types.UniTuple(u32, 4))  # fmt: skip
 st_global_v4 = instruction(
     "Store 16 bytes.", "st.global.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}")
+ld_global_stream_v4 = instruction(
+    "Load 16 bytes that are not needed again: first to leave the cache.",
+    "ld.global.cs.v4.u32 {$0,$1,$2,$3}, [$4];", (u64,), "=r,=r,=r,=r,l,~{memory}", types.UniTuple(u32, 4))  # fmt: skip
+st_global_stream_v4 = instruction(
+    "Store 16 bytes that are not needed again soon: first to leave the cache.",
+    "st.global.cs.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}")  # fmt: skip
 st_global_u16 = instruction("Store 2 bytes.", "st.global.u16 [$0], $1;", (u64, types.uint16), "l,h,~{memory}")
 st_global_f32 = instruction("Store a float32.", "st.global.f32 [$0], $1;", (u64, f32), "l,f,~{memory}")
 ld_shared_u16 = instruction("Load 2 bytes.", "ld.shared.u16 $0, [$1];", (u32,), "=h,r,~{memory}", types.uint16)

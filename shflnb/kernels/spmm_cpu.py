@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, types
@@ -61,8 +61,8 @@ _FAST = {"error_model": "numpy", "nogil": True}
 class Config:
     """How a product is answered: which kernel, and the shape of its register tile.
 
-    `scalars` rows by `vectors` vectors of columns in the feature kernel, `scalars` tokens by `vectors` vectors of rows in
-    the token kernel. `storage` is "float32", "float64" or "half" (float16 and bfloat16, accumulated in float32).
+    `scalars` rows by `vectors` vectors of columns in the feature kernel, `scalars` tokens by `vectors` vectors of rows
+    in the token kernel. `storage` is "float32", "float64" or "half" (float16 and bfloat16, accumulated in float32).
     """
 
     kernel: str
@@ -102,7 +102,7 @@ def choose(storage: str, v: int, n: int, feature_major: bool, unit: Machine) -> 
 
 
 @njit(**_FAST)
-def _first_group(indptr, position):  # type: ignore[no-untyped-def]
+def _first_group(indptr, position):
     """The first group g with `indptr[g] + g >= position`: a group costs its kept columns, and one for the epilogue."""
     low, high = 0, indptr.shape[0] - 1
     while low < high:
@@ -114,103 +114,114 @@ def _first_group(indptr, position):  # type: ignore[no-untyped-def]
     return low
 
 
-def make_feature_kernel(config: Config) -> Any:
-    """The kernel for feature-major results: slabs (k, width), vectors along n."""
+class Side(NamedTuple):
+    """What differs between the two kernels: how a slab is filled, multiplied by one chunk of a group, and finished."""
+
+    load_slab: Any
+    add_chunk: Any
+    finish: Any
+
+
+def make_feature_side(config: Config) -> Side:
+    """Slabs (k, width), vectors along n, accumulators (v, width)."""
     scalars, lanes = config.scalars, config.lanes
-    tile1, tile2, tile3 = (make_tile(p, scalars, config.vector_bytes, True) for p in (1, 2, 3))
-    load_block, load_weights, finish_rows, _ = make_runs(config.storage == "half")
+    tile_1, tile_2, tile_3 = (make_tile(p, scalars, config.vector_bytes, True) for p in (1, 2, 3))
+    runs = make_runs(config.storage == "half")
+    load_block, finish_rows = runs.load_block, runs.finish_rows
 
     @njit(**_FAST)
-    def add_chunk(slab, width, filled, source, base, v, rows, indices, start, count, acc, fresh):  # type: ignore[no-untyped-def]
+    def load_slab(slab, width, x, c0, cols, form):
+        load_block(slab, width, x, 0, x.shape[0], c0, cols, form)
+        for i in range(x.shape[0] if cols % lanes else 0):
+            slab[i * width + cols : i * width + (cols + lanes - 1) // lanes * lanes] = 0
+
+    @njit(**_FAST)
+    def add_chunk(slab, width, x, cols, source, at, v, rows, kept, acc, fresh):
         """acc[r, c] += the chunk's product (= if fresh), panel by panel of 3, 2 or 1 vectors."""
         c = 0
-        while c < filled:
-            vectors = min((filled - c) // lanes, 3)
+        while c < cols:
+            vectors = min((cols - c + lanes - 1) // lanes, 3)
+            x_rows = (slab, c, width)
             for r in range(0, rows, scalars):
+                weights, to = (source, at + r, v, 1), (acc, r * width + c, width)
                 if vectors == 3:
-                    tile3(slab, c, width, source, base + r, v, 1, indices, start, count, acc, r * width + c, width, fresh)
+                    tile_3(x_rows, weights, kept, to, fresh)
                 elif vectors == 2:
-                    tile2(slab, c, width, source, base + r, v, 1, indices, start, count, acc, r * width + c, width, fresh)
+                    tile_2(x_rows, weights, kept, to, fresh)
                 else:
-                    tile1(slab, c, width, source, base + r, v, 1, indices, start, count, acc, r * width + c, width, fresh)
+                    tile_1(x_rows, weights, kept, to, fresh)
             c += vectors * lanes
 
     @njit(**_FAST)
-    def spmm_feature(counters, pieces, indptr, indices, values, v, row_perm, x, out, bias, residual, activation, form,
-                     width, work):  # type: ignore[no-untyped-def]  # fmt: skip
-        k, n, m = x.shape[0], x.shape[1], out.shape[0]
-        groups = indptr.shape[0] - 1
-        slab, weights = work[: k * width], work[k * width : k * width + CHUNK * v]
-        acc = work[k * width + CHUNK * v : k * width + CHUNK * v + v * width]
-        per_slab = indptr[groups] + groups
-        total = per_slab * ((n + width - 1) // width)
-        loaded, last = -1, False
-        while True:
-            piece = fetch_add(counters, 0, 1)
-            if piece >= pieces:
-                return last
-            begin, end = piece * total // pieces, (piece + 1) * total // pieces
-            for s in range(begin // per_slab, (end - 1) // per_slab + 1):
-                first, after = _first_group(indptr, begin - s * per_slab), _first_group(indptr, end - s * per_slab)
-                c0 = s * width
-                cols = min(width, n - c0)
-                filled = (cols + lanes - 1) // lanes * lanes
-                if s != loaded and first < after:
-                    load_block(slab, width, x, 0, k, c0, cols, form)
-                    for i in range(k if filled > cols else 0):
-                        slab[i * width + cols : i * width + filled] = 0
-                    loaded = s
-                for g in range(first, after):
-                    rows = min(v, m - g * v)
-                    if indptr[g] == indptr[g + 1]:
-                        acc[:] = 0
-                    for start in range(indptr[g], indptr[g + 1], CHUNK):
-                        count = min(CHUNK, indptr[g + 1] - start)
-                        source, at = load_weights(values, weights, start * v, count * v, form)
-                        add_chunk(slab, width, filled, source, at, v, rows, indices, start, count, acc,
-                                  start == indptr[g])  # fmt: skip
-                    places = row_perm[g * v : g * v + rows]
-                    finish_rows(acc, width, cols, places, c0, out, bias, residual, activation, form)
-            last = fetch_add(counters, 1, 1) == pieces - 1
+    def finish(acc, width, v, cols, places, c0, out, bias, residual, activation, form):
+        finish_rows(acc, width, cols, places, c0, out, bias, residual, activation, form)
 
-    return spmm_feature
+    return Side(load_slab, add_chunk, finish)
 
 
-def make_token_kernel(config: Config) -> Any:
-    """The kernel for token-major results and for few columns: slabs (width, k), vectors along the rows of a group."""
+def make_token_side(config: Config) -> Side:
+    """Slabs (width, k), or (k, width) where n is contiguous in x; vectors along a group's rows, acc (width, v)."""
     scalars, span = config.scalars, config.vectors * config.lanes
-    tiles = [make_tile(config.vectors, q, config.vector_bytes, False) for q in (scalars, 4, 2, 1)]
-    tile_most, tile_4, tile_2, tile_1 = tiles
-    load_block, load_weights, _, finish_columns = make_runs(config.storage == "half")
+    tile_most, tile_4, tile_2, tile_1 = (
+        make_tile(config.vectors, q, config.vector_bytes, False) for q in (scalars, 4, 2, 1)
+    )
+    runs = make_runs(config.storage == "half")
+    load_block, finish_columns = runs.load_block, runs.finish_columns
 
     @njit(**_FAST)
-    def add_chunk(slab, column_step, token_step, cols, source, base, v, rows, indices, start, count, acc, fresh):  # type: ignore[no-untyped-def]  # fmt: skip
+    def slab_steps(x, cols):
+        """Distances in the slab between the kept columns and between the tokens."""
+        by_token = x.shape[1] == 1 or abs(x.strides[0]) <= abs(x.strides[1])
+        return (1, x.shape[0] + PAD) if by_token else (cols, 1)
+
+    @njit(**_FAST)
+    def load_slab(slab, width, x, c0, cols, form):
+        column_step, token_step = slab_steps(x, cols)
+        if column_step == 1:
+            load_block(slab, token_step, x.T, c0, cols, 0, x.shape[0], form)
+        else:
+            load_block(slab, column_step, x, 0, x.shape[0], c0, cols, form)
+
+    @njit(**_FAST)
+    def add_chunk(slab, width, x, cols, source, at, v, rows, kept, acc, fresh):
         """acc[t, r] += the chunk's product (= if fresh), a few tokens at a time."""
+        column_step, token_step = slab_steps(x, cols)
         for r in range(0, rows, span):
+            weights = (source, at + r, v)
             t = 0
             while t < cols:
-                at, to, left = t * token_step, t * v + r, cols - t
-                if left >= scalars:
-                    tile_most(source, base + r, v, slab, at, column_step, token_step, indices, start, count, acc, to, v, fresh)
+                x_rows, to = (slab, t * token_step, column_step, token_step), (acc, t * v + r, v)
+                if cols - t >= scalars:
+                    tile_most(weights, x_rows, kept, to, fresh)
                     t += scalars
-                elif left >= 4:
-                    tile_4(source, base + r, v, slab, at, column_step, token_step, indices, start, count, acc, to, v, fresh)
+                elif cols - t >= 4:
+                    tile_4(weights, x_rows, kept, to, fresh)
                     t += 4
-                elif left >= 2:
-                    tile_2(source, base + r, v, slab, at, column_step, token_step, indices, start, count, acc, to, v, fresh)
+                elif cols - t >= 2:
+                    tile_2(weights, x_rows, kept, to, fresh)
                     t += 2
                 else:
-                    tile_1(source, base + r, v, slab, at, column_step, token_step, indices, start, count, acc, to, v, fresh)
+                    tile_1(weights, x_rows, kept, to, fresh)
                     t += 1
 
     @njit(**_FAST)
-    def spmm_token(counters, pieces, indptr, indices, values, v, row_perm, x, out, bias, residual, activation, form,
-                   width, work):  # type: ignore[no-untyped-def]  # fmt: skip
+    def finish(acc, width, v, cols, places, c0, out, bias, residual, activation, form):
+        finish_columns(acc, v, cols, places, c0, out, bias, residual, activation, form)
+
+    return Side(load_slab, add_chunk, finish)
+
+
+def make_spmm(config: Config) -> Any:
+    """The kernel. Work is the list of (slab, group) pairs, slab by slab, cut into `pieces` of about equal weight."""
+    load_slab, add_chunk, finish = {"feature": make_feature_side, "token": make_token_side}[config.kernel](config)
+    load_weights = make_runs(config.storage == "half").load_weights
+
+    def spmm_cpu(counters, pieces, indptr, indices, values, v, row_perm, x, out, bias, residual, activation, form,
+                 width, work):  # fmt: skip
         k, n, m = x.shape[0], x.shape[1], out.shape[0]
         groups = indptr.shape[0] - 1
-        size = (k + PAD) * width
-        slab, weights, acc = work[:size], work[size : size + CHUNK * v], work[size + CHUNK * v : size + CHUNK * v + v * width]
-        by_token = n == 1 or abs(x.strides[0]) <= abs(x.strides[1])
+        a, b = (k + PAD) * width, (k + PAD) * width + CHUNK * v
+        slab, weights, acc = work[:a], work[a:b], work[b : b + v * width]
         per_slab = indptr[groups] + groups
         total = per_slab * ((n + width - 1) // width)
         loaded, last = -1, False
@@ -223,12 +234,8 @@ def make_token_kernel(config: Config) -> Any:
                 first, after = _first_group(indptr, begin - s * per_slab), _first_group(indptr, end - s * per_slab)
                 c0 = s * width
                 cols = min(width, n - c0)
-                column_step, token_step = (1, k + PAD) if by_token else (cols, 1)
                 if s != loaded and first < after:
-                    if by_token:
-                        load_block(slab, token_step, x.T, c0, cols, 0, k, form)
-                    else:
-                        load_block(slab, column_step, x, 0, k, c0, cols, form)
+                    load_slab(slab, width, x, c0, cols, form)
                     loaded = s
                 for g in range(first, after):
                     rows = min(v, m - g * v)
@@ -237,22 +244,32 @@ def make_token_kernel(config: Config) -> Any:
                     for start in range(indptr[g], indptr[g + 1], CHUNK):
                         count = min(CHUNK, indptr[g + 1] - start)
                         source, at = load_weights(values, weights, start * v, count * v, form)
-                        add_chunk(slab, column_step, token_step, cols, source, at, v, rows, indices, start, count, acc,
-                                  start == indptr[g])  # fmt: skip
+                        kept, fresh = (indices, start, count), start == indptr[g]
+                        add_chunk(slab, width, x, cols, source, at, v, rows, kept, acc, fresh)
                     places = row_perm[g * v : g * v + rows]
-                    finish_columns(acc, v, cols, places, c0, out, bias, residual, activation, form)
+                    finish(acc, width, v, cols, places, c0, out, bias, residual, activation, form)
             last = fetch_add(counters, 1, 1) == pieces - 1
 
-    return spmm_token
+    spmm_cpu.__name__ = spmm_cpu.__qualname__ = config.name
+    return njit(**_FAST)(spmm_cpu)
 
 
-_MAKERS = {"feature": make_feature_kernel, "token": make_token_kernel}
+_kernels: dict[Config, Any] = {}
 _compile_lock = threading.Lock()
 
 
-@functools.cache
-def _compiled(config: Config) -> Any:
-    kernel = _MAKERS[config.kernel](config)
+def compiled(config: Config) -> Any:
+    """The compiled kernel of a config: from memory, from the disk cache, or from Numba (seconds, once per machine)."""
+    found = _kernels.get(config)
+    if found is None:
+        with _compile_lock:
+            found = _kernels.get(config) or _compile(config)
+            _kernels[config] = found
+    return found
+
+
+def _compile(config: Config) -> Any:
+    kernel = make_spmm(config)
     attach(kernel, config.name)
     stored = {"float32": types.float32, "float64": types.float64, "half": types.uint16}[config.storage]
     number = getattr(types, config.accumulate)
@@ -266,12 +283,6 @@ def _compiled(config: Config) -> Any:
                     number[::1]))  # fmt: skip
     kernel.disable_compile()
     return kernel
-
-
-def compiled(config: Config) -> Any:
-    """The compiled kernel of a config: from memory, from the disk cache, or from Numba (seconds, once per machine)."""
-    with _compile_lock:
-        return _compiled(config)
 
 
 @dataclass(frozen=True)
@@ -289,8 +300,11 @@ class _Packed:
 
 def _prepare(packed: Any) -> _Packed:
     half = packed.dtype in ("float16", "bfloat16")
-    values = packed.values.view(np.uint16) if half else packed.values
-    made = _Packed(packed.indptr, packed.indices, values.reshape(-1), packed.row_perm, packed.block[0],
+    # arrays of a loaded file may be unaligned views of its bytes
+    indptr, indices, values, row_perm = (
+        np.require(a, requirements=["C", "A"]) for a in (packed.indptr, packed.indices, packed.values, packed.row_perm)
+    )
+    made = _Packed(indptr, indices, (values.view(np.uint16) if half else values).reshape(-1), row_perm, packed.block[0],
                    "half" if half else packed.dtype, FLOAT16 if packed.dtype == "float16" else 0)  # fmt: skip
     packed.launch_cache["cpu"] = made
     return made
@@ -336,20 +350,23 @@ def spmm(packed: Any, x: np.ndarray, out: np.ndarray, *, bias: np.ndarray | None
     half, number = ready.storage == "half", config.accumulate
     if bias is None:
         bias = _nothing(number, 1)
-    elif bias.dtype != number or not bias.flags.c_contiguous:
+    elif bias.dtype != number or not (bias.flags.c_contiguous and bias.flags.aligned):
         room = cpu_pool.workspace(m, number, "bias")[:m]
         room[:] = bias
         bias = room
-    if residual is None:
-        residual = _nothing(out.dtype.str, 2)
     if half:
-        x, out, residual = x.view(np.uint16), out.view(np.uint16), residual.view(np.uint16)
+        x, out = x.view(np.uint16), out.view(np.uint16)
+    if residual is None:
+        residual = _nothing("uint16" if half else ready.storage, 2)
+    elif half:
+        residual = residual.view(np.uint16)
     counters = np.zeros(2, np.int64)
     code = ACTIVATION_CODES[activation]
 
     def call() -> bool:
-        return kernel(counters, pieces, ready.indptr, ready.indices, ready.values, ready.v, ready.row_perm, x, out, bias,
-                      residual, code, ready.form, width, cpu_pool.workspace(size, number))  # fmt: skip
+        work = cpu_pool.workspace(size, number)
+        return kernel(counters, pieces, ready.indptr, ready.indices, ready.values, ready.v, ready.row_perm, x, out,
+                      bias, residual, code, ready.form, width, work)  # fmt: skip
 
     cpu_pool.run(call, workers - 1)
 

@@ -7,6 +7,7 @@ kernel before and after, and passes feature-major views (strides (1, tokens)) th
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import numpy as np
 
 
+from ..arrays import kind_of
 from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from ..formats.layout import KernelLayout, to_mma, to_wgmma
 from ..formats.shflbw import ShflBWMatrix
 from .config import Config, Problem, ceil_div
-from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel, device_context, launcher
+from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel, device_context
+from .memo import LinearMemo, MatmulMemo, memo_key, quick_linear, quick_matmul
+from .queue import tile_queue
 from .select import Choice, choose, sweep_of
 from .views import DeviceView, current_stream, device_view, new_matrix
 
@@ -36,13 +40,10 @@ class DeviceWeights:
     """A packed matrix in a kernel's layout on a device."""
 
     memory: DeviceMemory
-    groups: int
-    longest_tiles: int
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        """Addresses of values, columns, schedule and rows, as the kernels take them."""
-        return tuple(self.memory.addresses)
+    """Values, columns and rows, as the kernels take them."""
+    first: np.ndarray
+    counts: np.ndarray
+    """First k tile and number of k tiles of each group."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class Plan:
     kernel: LoadedKernel
     launch_config: Any
     weights: DeviceWeights
+    queue: DeviceMemory
     head: tuple[int, ...]
-    tail: tuple[int, ...]
-    """groups, column tiles, sweep."""
+    """Addresses of values, columns, queue and rows."""
 
 
 def kernel_spec(config: Config) -> KernelSpec:
@@ -70,7 +71,7 @@ def kernel_spec(config: Config) -> KernelSpec:
 
         return make_spmm_sm80(config)
 
-    return KernelSpec(repr(config), config.name, config.kernel, make, 16, config.threads, config.smem_bytes, config.blocks_per_sm)
+    return KernelSpec(repr(config), config.name, config.kernel, make, 13, config.threads, config.smem_bytes, config.blocks_per_sm)
 
 
 def _transpose_spec() -> KernelSpec:
@@ -92,22 +93,19 @@ def problem_of(packed: ShflBWMatrix, n: int) -> Problem:
     return Problem(m, k, n, packed.block[0], packed.dtype, int(packed.indptr[-1]), int(lengths.max(initial=0)))
 
 
-def _schedule(layout: KernelLayout, packed: ShflBWMatrix) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """Values, columns, schedule and rows as the kernels take them; an empty group gets a tile of padding."""
+def _kernel_arrays(layout: KernelLayout, packed: ShflBWMatrix) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """([values, columns, rows], first k tile, k tiles) of a layout; an empty group gets a tile of padding."""
     counts = np.diff(layout.tile_ptr).astype(np.int64)
     first = layout.tile_ptr[:-1].astype(np.int64)
-    padded = (np.diff(packed.indptr) != counts * layout.tile_k) | (counts == 0)
     values, columns = layout.values, layout.columns
     if (counts == 0).any():
         first = np.where(counts == 0, layout.tiles, first)
         counts = np.maximum(counts, 1)
         values = np.concatenate([values, np.zeros(layout.tile_k * layout.v, values.dtype)])
         columns = np.concatenate([columns, np.full(layout.tile_k, -1, np.int32)])
-    order = np.argsort(-counts, kind="stable")
-    schedule = np.stack([order, first[order], counts[order], padded[order]], axis=1).astype(np.uint32)
     rows = np.full(len(counts) * layout.v, NO_ROW, np.uint32)
     rows[: packed.shape[0]] = packed.row_perm
-    return values.view(np.uint16), columns, schedule, rows, int(counts.max(initial=1))
+    return [values.view(np.uint16), columns, rows], first, counts
 
 
 def _weights(packed: ShflBWMatrix, context: DeviceContext, kernel: str, tile_k: int, stream: int) -> DeviceWeights:
@@ -119,10 +117,21 @@ def _weights(packed: ShflBWMatrix, context: DeviceContext, kernel: str, tile_k: 
             found = packed.launch_cache.get(key)
             if found is None:
                 layout = (to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k)
-                *arrays, longest = _schedule(layout, packed)
-                context.make_current()
-                memory = DeviceMemory(context, arrays)
-                found = packed.launch_cache[key] = DeviceWeights(memory, len(arrays[2]), longest)
+                arrays, first, counts = _kernel_arrays(layout, packed)
+                with context.current():
+                    found = packed.launch_cache[key] = DeviceWeights(DeviceMemory(context, arrays), first, counts)
+    return found
+
+
+def _queue(packed: ShflBWMatrix, context: DeviceContext, weights: DeviceWeights, shape: tuple[int, int, int], stream: int) -> DeviceMemory:
+    """The work queue for (column tiles, grid, sweep), shared by every n that has as many column tiles."""
+    key = ("queue", id(weights), shape)
+    found: DeviceMemory | None = packed.launch_cache.get(key)
+    if found is None:
+        context.refuse_capture(stream, "upload the work queue")
+        with context.current():
+            found = DeviceMemory(context, [tile_queue(weights.first, weights.counts, *shape)])
+        packed.launch_cache[key] = found
     return found
 
 
@@ -143,12 +152,14 @@ def plan_for(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str
         kernel = context.kernel(kernel_spec(chosen), stream)
         weights = _weights(packed, context, chosen.kernel, chosen.tile_k, stream)
         n_tiles = ceil_div(n, chosen.tile_n)
-        tiles = weights.groups * n_tiles
+        tiles = len(weights.counts) * n_tiles
         grid = min(context.sm_count * chosen.blocks_per_sm, tiles) if chosen.kernel == "sm90" else tiles
-        plan = Plan(choice, kernel, kernel.config(grid), weights, weights.addresses,
-                    (weights.groups, n_tiles, sweep_of(chosen, n_tiles)))  # fmt: skip
+        memory = _queue(packed, context, weights, (n_tiles, grid, sweep_of(chosen, n_tiles)), stream)
+        values, columns, rows = weights.memory.addresses
+        plan = Plan(choice, kernel, kernel.config(grid), weights, memory, (values, columns, memory.addresses[0], rows))
         if len(packed.launch_cache) > PLANS_KEPT:
-            for old in [k for k in packed.launch_cache if k[0] == "plan"]:
+            # plans and memos are cheap to make again; weights and queues stay, since a captured graph may hold their addresses
+            for old in [k for k in packed.launch_cache if k[0] in ("plan", "memo")]:
                 packed.launch_cache.pop(old, None)
         packed.launch_cache[key] = plan
     return plan
@@ -205,7 +216,6 @@ class _Call:
         self.packed, self.like, self.view = packed, x, view
         self.context = device_context(view.device)
         self.stream_handle = current_stream(x, view.device)
-        self.stream = self.context.stream(self.stream_handle)
 
     def workspace(self, rows: int, cols: int) -> tuple[int, int, Any]:
         """(address, leading dimension, owner) of an uninitialised feature-major matrix with aligned rows."""
@@ -219,35 +229,40 @@ class _Call:
             return
         kernel = self.context.kernel(_copy_spec(), self.stream_handle)
         grid = (ceil_div(cols, kernel.spec.threads), min(rows, 65535), 1)
-        launcher()(self.stream, kernel.config(grid), kernel.kernel, *src, *dst, rows, cols)
+        self.context.launch(self.stream_handle, kernel.config(grid), kernel, *src, *dst, rows, cols)
 
-    def transpose(self, src: int, lds: int, dst: int, ldd: int, rows: int, cols: int) -> None:
+    def transpose(self, src: int, lds: int, dst: int, ldd: int, rows: int, cols: int, is_result: bool = False) -> None:
         """dst[c, r] = src[r, c]; leading dimensions in values."""
         if rows == 0 or cols == 0:
             return
         kernel = self.context.kernel(_transpose_spec(), self.stream_handle)
-        flags = (src % 16 == 0 and lds % 8 == 0) | (dst % 16 == 0 and ldd % 8 == 0) << 1
+        flags = (src % 16 == 0 and lds % 8 == 0) | (dst % 16 == 0 and ldd % 8 == 0) << 1 | is_result << 2
         row_tiles = ceil_div(rows, 64)
         if row_tiles > 65535:  # the grid's second dimension ends there: turn the matrix piece by piece
             piece = 65535 * 64
             for first in range(0, rows, piece):
-                self.transpose(src + 2 * first * lds, lds, dst + 2 * first, ldd, min(piece, rows - first), cols)
+                self.transpose(src + 2 * first * lds, lds, dst + 2 * first, ldd, min(piece, rows - first), cols, is_result)
             return
-        launcher()(self.stream, kernel.config((ceil_div(cols, 64), row_tiles, 1)), kernel.kernel, src, lds, dst, ldd, rows,
-                   cols, int(flags))  # fmt: skip
+        grid = kernel.config((ceil_div(cols, 64), row_tiles, 1))
+        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, int(flags))
+
+    def plan(self, n: int, activation: str | None, bias: tuple[int, int], residual: tuple[int, int], config: Config | None) -> Plan:
+        """The launch record for these operands."""
+        plain = activation is None and not bias[0] and not residual[0]
+        epilogue = "plain" if plain else activation or "identity"
+        return plan_for(self.packed, self.context, n, epilogue, self.stream_handle, config)
 
     def product(self, x: int, ldx: int, out: int, ldo: int, n: int, bias: tuple[int, int], residual: tuple[int, int],
                 activation: str | None, config: Config | None) -> None:  # fmt: skip
         """out (m, n) = f(W x + bias) + residual on aligned feature-major x; (address, leading dimension or flags) pairs."""
-        plain = activation is None and not bias[0] and not residual[0]
-        plan = plan_for(self.packed, self.context, n, "plain" if plain else activation or "identity", self.stream_handle, config)
+        plan = self.plan(n, activation, bias, residual, config)
         flags = bias[1]
         if residual[0]:
             flags |= HAS_RESIDUAL
         if (out | residual[0]) % 16 == 0 and (ldo | residual[1]) % 8 == 0:
             flags |= ALIGNED
-        launcher()(self.stream, plan.launch_config, plan.kernel.kernel, *plan.head, x, out, bias[0], residual[0], n, ldx, ldo,
-                   residual[1], *plan.tail, flags)  # fmt: skip
+        self.context.launch(self.stream_handle, plan.launch_config, plan.kernel, *plan.head, x, out, bias[0], residual[0], n, ldx,
+                            ldo, residual[1], flags)  # fmt: skip
 
     def aligned_x(self, rows: tuple[int, int, int, int, int]) -> tuple[int, int, Any]:
         """Address and leading dimension of x with 16-byte aligned rows: x itself, or a copy."""
@@ -280,6 +295,13 @@ def device_matmul(
 
     float16 and bfloat16, float32 accumulation. Workspace: none for aligned arrays with contiguous columns.
     """
+    is_torch = kind_of(x) == "torch-cuda"
+    quick = is_torch and residual is None and out is None and config is None
+    if quick and not x.requires_grad:
+        done = quick_matmul(packed, x, bias, activation)
+        if done is not None:
+            return done
+    _refuse_gradient(x=x, bias=bias, residual=residual)
     view = device_view(x, what="x")
     m, k = packed.shape
     if packed.dtype not in ("float16", "bfloat16"):
@@ -308,8 +330,22 @@ def device_matmul(
     if m == 0 or n == 0:
         return result
     call = _Call(packed, x, view)
-    _run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
+    keep_x, ldx = _run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
+    if quick and keep_x is None and not x.requires_grad:
+        plan = call.plan(n, activation, bias_at, (0, 0), None)
+        flags = bias_at[1] | (ALIGNED if n % 8 == 0 else 0)  # torch's own allocations start at 512-byte boundaries
+        memo = MatmulMemo(call.context, plan.kernel, plan.launch_config, plan.head, n, ldx, out_shape, flags)
+        packed.launch_cache[memo_key("matmul", x, bias, activation)] = memo
     return result
+
+
+def _refuse_gradient(**tensors: Any) -> None:
+    """Refuse torch tensors whose gradient would silently be lost."""
+    for name, t in tensors.items():
+        if getattr(t, "requires_grad", False) and sys.modules["torch"].is_grad_enabled():
+            raise DtypeError(
+                f"{name} requires a gradient, and this product records none; use shflnb.nn.ShflLinear, or pass {name}.detach()"
+            )
 
 
 def _checked(a: Any, what: str, packed: ShflBWMatrix, x: DeviceView, shape: tuple[int, ...]) -> Any:
@@ -324,8 +360,11 @@ def _checked(a: Any, what: str, packed: ShflBWMatrix, x: DeviceView, shape: tupl
 
 
 def _run(call: _Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res_rows: Any, activation: str | None,
-         config: Config | None) -> None:  # fmt: skip
-    """The product between checked feature-major operands; misaligned or strided ones go through workspaces."""
+         config: Config | None) -> tuple[Any, int]:  # fmt: skip
+    """The product between checked feature-major operands; misaligned or strided ones go through workspaces.
+
+    Returns the copy of x that was needed, or None, and the leading dimension of x.
+    """
     m = call.packed.shape[0]
     x_address, ldx, keep_x = call.aligned_x(rows)
     residual, keep_r = (0, 0), None
@@ -344,7 +383,8 @@ def _run(call: _Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], r
         call.product(x_address, ldx, target, ld, n, bias, residual, activation, config)
         call.copy((target, ld, 1), (out_rows[0], out_rows[3], out_rows[4]), m, n)
         del keep_o
-    del keep_x, keep_r
+    del keep_r
+    return keep_x, ldx
 
 
 def device_linear(
@@ -365,6 +405,12 @@ def device_linear(
     """
     if layout not in ("token", "feature"):
         raise ArgumentError(f"layout is {layout!r}; expected 'token' or 'feature'")
+    quick = kind_of(x) == "torch-cuda" and residual is None and out is None and config is None and layout == "token"
+    if quick and not x.requires_grad:
+        done = quick_linear(packed, x, bias, activation)
+        if done is not None:
+            return done
+    _refuse_gradient(x=x, bias=bias, residual=residual)
     m, k = packed.shape
     shape = tuple(x.shape)
     if not shape or shape[-1] != k:
@@ -399,9 +445,24 @@ def device_linear(
         out_at = _rows(device_view(out_flat, what="out"))
     if m and n:
         _run_linear(call, view, n, out_at, bias_at, res, activation, config)
+        if quick and not x.requires_grad and x.is_contiguous() and min(m, n, k) > 1 and n <= 64 * 65535:
+            packed.launch_cache[memo_key("linear", x, bias, activation)] = _linear_memo(call, n, (*lead, m), bias_at, activation)
     if out is not None:
         return out
     return out_flat if len(shape) == 2 else out_flat.reshape(*lead, m)
+
+
+def _linear_memo(call: _Call, n: int, out_shape: tuple[int, ...], bias: tuple[int, int], activation: str | None) -> LinearMemo:
+    """The memo of a token-major product on a contiguous, aligned x."""
+    m, k = call.packed.shape
+    turn = call.context.kernel(_transpose_spec(), call.stream_handle)
+    plan = call.plan(n, activation, bias, (0, 0), None)
+    ld = ceil_div(n, 8) * 8
+    return LinearMemo(
+        call.context, turn, turn.config((ceil_div(k, 64), ceil_div(n, 64), 1)), turn.config((ceil_div(n, 64), ceil_div(m, 64), 1)),
+        plan.kernel, plan.launch_config, plan.head, n, ld, k, m, k, (k % 8 == 0) | 2, 1 | (m % 8 == 0) << 1 | 4, out_shape,
+        bias[1] | ALIGNED,
+    )  # fmt: skip
 
 
 def _run_linear(call: _Call, view: DeviceView, n: int, out_at: Any, bias: tuple[int, int], res: Any, activation: str | None,
@@ -429,7 +490,7 @@ def _run_linear(call: _Call, view: DeviceView, n: int, out_at: Any, bias: tuple[
         target, ld, owner = call.workspace(m, n)
         keep.append(owner)
         _run(call, x_rows, (target, m, n, ld, 1), n, bias, res_rows, activation, config)
-        call.transpose(target, ld, out_at[0], out_at[3], m, n)
+        call.transpose(target, ld, out_at[0], out_at[3], m, n, is_result=True)
     else:
         _run(call, x_rows, out_rows, n, bias, res_rows, activation, config)
     del keep

@@ -2,7 +2,7 @@
 
     out[row_perm[g*v:(g+1)*v], :] = values[g].T @ x[indices[g], :]          for every group g
 
-One block computes one (group, column tile) tile; blocks are started in the order of the schedule, longest group first, so
+One block computes one (group, column tile) tile; blocks are started in the order of the queue, longest group first, so
 the hardware's own scheduler evens out unequal groups. Shared memory is a ring of cp.async stages; one stage is
 
     stitched x      [tile_n / 64 atoms][tile_k rows][128 B]   16-byte chunk c of row r stands at c ^ (r % 8), so that the 8
@@ -25,7 +25,7 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import Config
-from .epilogue import locate_tile, make_activation, make_load_bias, make_store_chunk
+from .epilogue import make_activation, make_load_bias, make_store_chunk
 from .ptx import (
     cp_async_16,
     cp_async_16_unless_negative,
@@ -160,16 +160,15 @@ def make_spmm_sm80(config: Config) -> Callable[..., Any]:
     drain0, drain1, drain2, drain3 = (make_drain(config, min(mi, m_steps - 1)) for mi in range(4))
     wait_oldest, wait_all = cp_async_wait[stages - 2], cp_async_wait[0]
 
-    def spmm_sm80(values, columns, schedule, rows, x, out, bias, residual, n, ldx, ldo, ldr, groups, n_tiles, chunk, flags):
+    def spmm_sm80(values, columns, queue, rows, x, out, bias, residual, n, ldx, ldo, ldr, flags):
         smem = cuda.shared.array(0, types.uint8)
         base = smem_address(smem)
         tid = u32(cuda.threadIdx.x)
         lane, warp = u32(tid & u32(31)), u32(tid >> u32(5))
         n = u32(n)
         flags = u32(flags)
-        place, column_tile = locate_tile(u32(cuda.blockIdx.x), u32(groups), u32(n_tiles), u32(chunk))
-        entry = ld_global_nc_v4(schedule + u64(place) * u64(16))
-        count = entry[2]
+        entry = ld_global_nc_v4(queue + u64(cuda.blockIdx.x) * u64(16))
+        count, column_tile = entry[2], entry[3]
         column = u32(column_tile * u32(tile_n) + (tid % u32(chunks)) * u32(8))
         cut = u32(column_tile + u32(1)) * u32(tile_n) > n and (n & u32(7)) != u32(0)
         room = u32(0)

@@ -27,7 +27,7 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import Config
-from .epilogue import locate_tile, make_activation, make_load_bias, make_store_chunk
+from .epilogue import make_activation, make_load_bias, make_store_chunk
 from .ptx import (
     bar_sync,
     bulk_copy_g2s,
@@ -74,12 +74,6 @@ IDS_AHEAD = 6  # stages between the fetch of ids and their use; the slots must o
 SWIZZLE_128B = 1 << 62  # bits 62..63 of a wgmma descriptor
 
 
-@cuda.jit(device=True, forceinline=True)
-def next_tile(turn, grid, block):
-    """The tile of a block's turn, in snake order: with lengths falling along the tiles, odd turns make up for even ones."""
-    return u32(turn * grid + (u32(grid - u32(1) - block) if turn & u32(1) else block))
-
-
 def make_producer(config: Config) -> Callable[..., Any]:
     """Device function of the producer warpgroup: fill the ring, stage after stage, for every tile of this block."""
     tile_n, tile_k, stages = config.tile_n, config.tile_k, config.stages
@@ -106,7 +100,7 @@ def make_producer(config: Config) -> Callable[..., Any]:
             ids[4 * q + 2] = four[2]
             ids[4 * q + 3] = four[3]
 
-    def produce(base, full, empty, ids_ring, tid, values, columns, schedule, x, n, ldx, groups, n_tiles, chunk):
+    def produce(base, full, empty, ids_ring, tid, values, columns, queue, x, n, ldx):
         give_registers()
         lane = u32(tid & u32(31))
         warp = u32(tid >> u32(5))
@@ -122,31 +116,27 @@ def make_producer(config: Config) -> Callable[..., Any]:
         target = u32((column_chunk // u32(8)) * u32(tile_k * ATOM_BYTES) + first_row * u32(ATOM_BYTES)
                      + (((column_chunk & u32(7)) ^ (first_row & u32(7))) << u32(4)))  # fmt: skip
         row_bytes = u32(ldx * u64(2))
-        grid, block = u32(cuda.gridDim.x), u32(cuda.blockIdx.x)
-        total = u32(groups * n_tiles)
         ids = cuda.local.array(copies, u32)
         next_ids = cuda.local.array(copies, u32)
         stage, phase = u32(0), u32(1)
         # two walks over the same stages: the ids' is IDS_AHEAD stages ahead of the copies', so that no copy waits for its id
-        place, column_tile = locate_tile(block, groups, n_tiles, chunk)
-        entry = ld_global_nc_v4(schedule + u64(place) * u64(16))
-        t, turn, left = block, u32(0), u32(0)
-        ahead_entry = entry
-        ahead_t, ahead_turn, ahead_left, ahead_slot, slot, lead = block, u32(0), u32(0), u32(0), u32(0), u32(0)
+        entry = ld_global_nc_v4(queue)
+        turn_bytes = u64(cuda.gridDim.x) * u64(16)
+        ahead_entry, ahead_queue = entry, queue
+        left, ahead_left, ahead_slot, slot, lead = u32(0), u32(0), u32(0), u32(0), u32(0)
         ids_at = columns
-        x_at, w_at, cut, padded, room = x, values, False, False, u32(0)
+        x_at, w_at, cut, room = x, values, False, u32(0)
         while True:
             if lead == u32(IDS_AHEAD):
                 if left == u32(0):
-                    if t >= total:
-                        break
                     left = entry[2]
-                    padded = entry[3] != u32(0)
+                    if left == u32(0):
+                        break
                     w_at = values + u64(entry[1]) * u64(w_bytes)
-                    column = u32(column_tile * u32(tile_n) + column_chunk * u32(8))
+                    column = u32(entry[3] * u32(tile_n) + column_chunk * u32(8))
                     # a column tile that n cuts inside a chunk copies by byte counts; elsewhere a chunk is whole, or beyond
                     # n: then any column may stand in for it, since its results are never stored
-                    cut = u32(column_tile + u32(1)) * u32(tile_n) > n and (n & u32(7)) != u32(0)
+                    cut = u32(entry[3] + u32(1)) * u32(tile_n) > n and (n & u32(7)) != u32(0)
                     room = u32(0)
                     if column < n:
                         room = u32(u32(n - column) * u32(2))
@@ -155,11 +145,8 @@ def make_producer(config: Config) -> Callable[..., Any]:
                     else:
                         column = u32(0)
                     x_at = x + u64(column) * u64(2)
-                    turn = u32(turn + u32(1))
-                    t = next_tile(turn, grid, block)
-                    if t < total:
-                        place, column_tile = locate_tile(t, groups, n_tiles, chunk)
-                        entry = ld_global_nc_v4(schedule + u64(place) * u64(16))
+                    queue += turn_bytes
+                    entry = ld_global_nc_v4(queue)
                 # shared memory is read in order with the copies' issue, so the next ids are read before these copies: read
                 # after them, they wait for the whole queue to drain (400 clocks a stage; H200, 2026-11)
                 slot = u32((slot + u32(rows_per_warp * 4)) & u32(ID_SLOTS * rows_per_warp * 4 - 1))
@@ -177,10 +164,6 @@ def make_producer(config: Config) -> Callable[..., Any]:
                         size = room if i32(ids[j]) >= i32(0) else u32(0)
                         cp_async_16(u32((to ^ u32((j & 7) << 4)) + u32(j * ATOM_BYTES)),
                                     mad_wide_u32(ids[j] & u32(0x7FFFFFFF), row_bytes, x_at), size)  # fmt: skip
-                elif not padded or left > u32(1):
-                    for j in range(copies):
-                        cp_async_16_whole(u32((to ^ u32((j & 7) << 4)) + u32(j * ATOM_BYTES)),
-                                          mad_wide_u32(ids[j], row_bytes, x_at))  # fmt: skip
                 else:
                     for j in range(copies):
                         cp_async_16_unless_negative(u32((to ^ u32((j & 7) << 4)) + u32(j * ATOM_BYTES)),
@@ -197,14 +180,12 @@ def make_producer(config: Config) -> Callable[..., Any]:
                 lead = u32(lead + u32(1))
                 if lead == u32(IDS_AHEAD):
                     load_ids(ids, own_ids)
-            if ahead_left == u32(0) and ahead_t < total:
+            if ahead_left == u32(0):
                 ahead_left = ahead_entry[2]
-                ids_at = columns + (u64(ahead_entry[1]) * u64(tile_k) + u64(warp_row)) * u64(4) + u64(lane) * u64(16)
-                ahead_turn = u32(ahead_turn + u32(1))
-                ahead_t = next_tile(ahead_turn, grid, block)
-                if ahead_t < total:
-                    ahead_place = locate_tile(ahead_t, groups, n_tiles, chunk)[0]
-                    ahead_entry = ld_global_nc_v4(schedule + u64(ahead_place) * u64(16))
+                if ahead_left > u32(0):
+                    ids_at = columns + (u64(ahead_entry[1]) * u64(tile_k) + u64(warp_row)) * u64(4) + u64(lane) * u64(16)
+                    ahead_queue += turn_bytes
+                    ahead_entry = ld_global_nc_v4(ahead_queue)
             if ahead_left > u32(0):
                 if lane < u32(id_lanes):
                     cp_async_16_whole(u32(ids_ring + ahead_slot + lane * u32(16)), ids_at)
@@ -264,8 +245,7 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
     drain0, drain1, drain2, drain3 = (make_drain(config, min(h, warp_n // 64 - 1)) for h in range(4))
     wait_all, wait_one, take_registers = wgmma_wait[0], wgmma_wait[1], setmaxnreg_inc[CONSUMER_REGISTERS[config.producers]]
 
-    def consume(base, full, empty, staging, tid, schedule, rows, out, bias, residual, n, ldo, ldr, groups, n_tiles,
-                chunk, flags):  # fmt: skip
+    def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags):
         take_registers()
         acc = cuda.local.array(registers, f32)
         targets = cuda.local.array(4, u32)
@@ -281,18 +261,14 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
         staging = u32(staging + ((tid >> u32(5)) - u32(4 * producers)) * u32(16 * STAGING_PITCH))
         matrix_at = u32(staging + (lane & u32(15)) * u32(STAGING_PITCH) + (lane >> u32(4)) * u32(16))
         chunk_at = u32(staging + (lane >> u32(3)) * u32(STAGING_PITCH) + (lane & u32(7)) * u32(16))
-        grid, block = u32(cuda.gridDim.x), u32(cuda.blockIdx.x)
-        total = u32(groups * n_tiles)
         stage = u32(0)
         phase = u32(0)
-        turn = u32(0)
-        t = block
-        place, column_tile = locate_tile(t, groups, n_tiles, chunk)
-        entry = ld_global_nc_v4(schedule + u64(place) * u64(16))
-        while t < total:
-            count = entry[2]
+        turn_bytes = u64(cuda.gridDim.x) * u64(16)
+        entry = ld_global_nc_v4(queue)
+        count = entry[2]
+        while count > u32(0):
             row = u32(entry[0] * u32(v) + row_offset + warp * u32(16))
-            column = u32(column_tile * u32(tile_n) + token_offset + (lane & u32(7)) * u32(8))
+            column = u32(entry[3] * u32(tile_n) + token_offset + (lane & u32(7)) * u32(8))
             # read where the results go before the main loop: loaded in the epilogue, each of these costs a trip to L2
             for q in range(4):
                 targets[q] = ld_global_nc_u32(rows + u64(row + u32(4 * q) + (lane >> u32(3))) * u64(4))
@@ -300,11 +276,8 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
             if not plain:
                 bias_low = load_bias(bias, ld_global_nc_u32(rows + u64(row + (lane >> u32(2))) * u64(4)), flags)
                 bias_high = load_bias(bias, ld_global_nc_u32(rows + u64(row + (lane >> u32(2)) + u32(8)) * u64(4)), flags)
-            turn = u32(turn + u32(1))
-            t = next_tile(turn, grid, block)
-            if t < total:
-                place, column_tile = locate_tile(t, groups, n_tiles, chunk)
-            entry = ld_global_nc_v4(schedule + u64(place) * u64(16))
+            queue += turn_bytes
+            entry = ld_global_nc_v4(queue)
             for r in range(registers):
                 acc[r] = f32(0.0)
             release = u32(0)
@@ -335,6 +308,7 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
             if warp_n > 128:
                 drain2(acc, targets, matrix_at, chunk_at, bias_low, bias_high, column, n, out, ldo, residual, ldr, flags)
                 drain3(acc, targets, matrix_at, chunk_at, bias_low, bias_high, column, n, out, ldo, residual, ldr, flags)
+            count = entry[2]
 
     return cuda.jit(device=True, forceinline=True)(consume)
 
@@ -360,8 +334,7 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
     stores = v * row_chunks // 128  # 16-byte chunks that a thread stores
     wait_all, wait_one, take_registers = wgmma_wait[0], wgmma_wait[1], setmaxnreg_inc[CONSUMER_REGISTERS[config.producers]]
 
-    def consume(base, full, empty, staging, tid, schedule, rows, out, bias, residual, n, ldo, ldr, groups, n_tiles,
-                chunk, flags):  # fmt: skip
+    def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags):
         take_registers()
         acc = cuda.local.array(registers, f32)
         targets = cuda.local.array(stores, u32)
@@ -373,25 +346,18 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
         staging = u32(staging + who * u32(v * pitch))
         matrix_at = u32(staging + (u32(8) * (lane >> u32(4)) + (lane & u32(7))) * u32(pitch)
                         + (warp * u32(16) + u32(8) * ((lane >> u32(3)) & u32(1))) * u32(2))  # fmt: skip
-        grid, block = u32(cuda.gridDim.x), u32(cuda.blockIdx.x)
-        total = u32(groups * n_tiles)
         stage = u32(0)
         phase = u32(0)
-        turn = u32(0)
-        t = block
-        place, column_tile = locate_tile(t, groups, n_tiles, chunk)
-        entry = ld_global_nc_v4(schedule + u64(place) * u64(16))
-        while t < total:
-            count = entry[2]
+        turn_bytes = u64(cuda.gridDim.x) * u64(16)
+        entry = ld_global_nc_v4(queue)
+        count = entry[2]
+        while count > u32(0):
             row = u32(entry[0] * u32(v))
-            column = u32(column_tile * u32(tile_n) + who * u32(own_n))
+            column = u32(entry[3] * u32(tile_n) + who * u32(own_n))
             for q in range(stores):
                 targets[q] = ld_global_nc_u32(rows + u64(row + u32(own + u32(q * 128)) // u32(row_chunks)) * u64(4))
-            turn = u32(turn + u32(1))
-            t = next_tile(turn, grid, block)
-            if t < total:
-                place, column_tile = locate_tile(t, groups, n_tiles, chunk)
-            entry = ld_global_nc_v4(schedule + u64(place) * u64(16))
+            queue += turn_bytes
+            entry = ld_global_nc_v4(queue)
             for r in range(registers):
                 acc[r] = f32(0.0)
             release = u32(0)
@@ -443,6 +409,7 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
                 store_chunk(w[0], w[1], w[2], w[3], targets[q], u32(column + index % u32(row_chunks) * u32(8)), n, out,
                             ldo, residual, ldr, flags)  # fmt: skip
             bar_sync(u32(who + u32(1)), u32(128))
+            count = entry[2]
 
     return cuda.jit(device=True, forceinline=True)(consume)
 
@@ -450,8 +417,9 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
 def make_spmm_sm90(config: Config) -> Callable[..., Any]:
     """The kernel function of a config; every argument is uint64 (addresses in bytes, sizes in elements).
 
-    schedule: per place (group, first k tile, k tiles, whether the last is padded) as uint32, longest group first. rows: the output row of every
-    packed row, `NO_ROW` for rows that do not exist. flags: see `epilogue.py`.
+    queue: for every turn and block a record of four uint32, (group, first k tile, k tiles, column tile); a
+    block walks its column of the queue until a record with no tiles. rows: the output row of every packed row, `NO_ROW` for
+    rows that do not exist. flags: see `epilogue.py`.
     """
     stages, stage_bytes = config.stages, config.stage_bytes
     barriers, copiers = stages * stage_bytes, 128 * config.producers
@@ -459,12 +427,13 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
     produce = make_producer(config)
     consume = make_consumer_rows(config) if config.weights_are_m else make_consumer_tokens(config)
 
-    def spmm_sm90(values, columns, schedule, rows, x, out, bias, residual, n, ldx, ldo, ldr, groups, n_tiles, chunk, flags):
+    def spmm_sm90(values, columns, queue, rows, x, out, bias, residual, n, ldx, ldo, ldr, flags):
         smem = cuda.shared.array(0, types.uint8)
         base = smem_address(smem)
         full = u32(base + u32(barriers))
         empty = u32(full + u32(8 * stages))
         tid = u32(cuda.threadIdx.x)
+        own_queue = queue + u64(cuda.blockIdx.x) * u64(16)
         if tid == u32(0):
             for stage in range(stages):
                 mbarrier_init(u32(full + u32(8 * stage)), u32(copiers + 1))  # copying threads and the weights' bytes
@@ -472,9 +441,9 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
             mbarrier_init_fence()
         cuda.syncthreads()
         if tid < u32(copiers):
-            produce(base, full, empty, u32(base + u32(barriers + 256)), tid, values, columns, schedule, x, u32(n), ldx, u32(groups), u32(n_tiles), u32(chunk))
+            produce(base, full, empty, u32(base + u32(barriers + 256)), tid, values, columns, own_queue, x, u32(n), ldx)
         else:
-            consume(base, full, empty, u32(base + u32(staging)), tid, schedule, rows, out, bias, residual, u32(n),
-                    ldo, ldr, u32(groups), u32(n_tiles), u32(chunk), u32(flags))  # fmt: skip
+            consume(base, full, empty, u32(base + u32(staging)), tid, own_queue, rows, out, bias, residual, u32(n), ldo, ldr,
+                    u32(flags))  # fmt: skip
 
     return spmm_sm90

@@ -17,10 +17,11 @@ from numba.cuda import types
 
 from .ptx import (
     ld_global_u16,
-    ld_global_v4,
+    ld_global_stream_v4,
     ld_shared_v4,
     ldmatrix_x4_trans,
     smem_address,
+    st_global_stream_v4,
     st_global_u16,
     st_global_v4,
     st_shared_u32,
@@ -64,7 +65,11 @@ def _beyond(room, count):
 
 
 def make_transpose() -> Callable[..., Any]:
-    """The kernel (src, lds, dst, ldd, rows, cols, flags): bit 0 of flags says src rows are 16-byte aligned, bit 1 dst rows."""
+    """The kernel (src, lds, dst, ldd, rows, cols, flags).
+
+    Bits of flags: 0: src rows are 16-byte aligned; 1: dst rows are; 2: dst is a result, not what the next kernel reads, and
+    should not push that out of L2.
+    """
 
     def transpose(src, lds, dst, ldd, rows, cols, flags):
         tile = cuda.shared.array(TILE_BYTES, types.uint8, alignment=128)
@@ -82,7 +87,7 @@ def make_transpose() -> Callable[..., Any]:
                 at = src + (row * lds + col) * u64(2)
                 room = cols - col
                 if room >= u64(8) and flags & u64(1):
-                    w = ld_global_v4(at)
+                    w = ld_global_stream_v4(at)
                     w0, w1, w2, w3 = w[0], w[1], w[2], w[3]
                 else:
                     w0 = _load_pair(at, room)
@@ -109,7 +114,10 @@ def make_transpose() -> Callable[..., Any]:
                 at = dst + (col * ldd + row) * u64(2)
                 room = rows - row
                 if room >= u64(8) and flags & u64(2):
-                    st_global_v4(at, w[0], w[1], w[2], w[3])
+                    if flags & u64(4):
+                        st_global_stream_v4(at, w[0], w[1], w[2], w[3])
+                    else:
+                        st_global_v4(at, w[0], w[1], w[2], w[3])
                 else:
                     _store_pair(at, w[0], room)
                     _store_pair(at + u64(4), w[1], _beyond(room, 2))

@@ -10,7 +10,7 @@ from typing import Any
 from ..arrays import kind_of
 from ..errors import DeviceError, DtypeError
 
-__all__ = ["DeviceView", "current_stream", "device_view", "new_matrix"]
+__all__ = ["DeviceView", "current_stream", "device_view", "new_matrix", "torch_stream"]
 
 
 @dataclass(frozen=True)
@@ -107,24 +107,27 @@ def _dlpack_view(x: Any) -> DeviceView:
     return DeviceView(int(view.ptr), tuple(view.shape), tuple(strides), str(view.dtype), int(view.device_id), (x, view))
 
 
-def _raw_stream() -> Callable[[int], int]:
+_TORCH_STREAM: list[Callable[[int], int]] = []
+
+
+def _find_torch_stream() -> list[Callable[[int], int]]:
+    """torch's function from a device to its current raw stream, remembered."""
     torch = sys.modules["torch"]
     fast = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 0.2 us; the public road makes an object, 1.5 us
-    if fast is not None:
-        return fast
-    return lambda device: torch.cuda.current_stream(device).cuda_stream
+    _TORCH_STREAM[:] = [fast or (lambda device: torch.cuda.current_stream(device).cuda_stream)]
+    return _TORCH_STREAM
 
 
-_TORCH_STREAM: list[Callable[[int], int]] = []
+def torch_stream(device: int) -> int:
+    """Raw handle of torch's current stream on a device."""
+    return (_TORCH_STREAM or _find_torch_stream())[0](device)
 
 
 def current_stream(view_owner: Any, device: int) -> int:
     """Raw handle of the stream the owner's framework works on now; the legacy default stream for anyone else's arrays."""
     kind = kind_of(view_owner)
     if kind == "torch-cuda":
-        if not _TORCH_STREAM:
-            _TORCH_STREAM.append(_raw_stream())
-        return _TORCH_STREAM[0](device)
+        return torch_stream(device)
     if kind == "cupy":
         return int(sys.modules["cupy"].cuda.get_current_stream(device).ptr)
     interface = getattr(view_owner, "__cuda_array_interface__", None)

@@ -1,0 +1,97 @@
+"""The short road for repeated calls on torch tensors: what a call with these shapes and strides came to, looked up once.
+
+A warm `matmul` has 12 us of host time to spend (what torch.matmul costs); checking every argument again takes twice that.
+A memo is kept under everything the checks looked at, except the addresses, whose alignment is checked here. Calls with
+`out`, a residual, other frameworks' arrays or unusual strides take the long road in `spmm_device.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..formats.shflbw import ShflBWMatrix
+from .launch import DeviceContext, LoadedKernel
+from .views import torch_stream
+
+__all__ = ["LinearMemo", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul"]
+
+
+@dataclass(frozen=True)
+class MatmulMemo:
+    """A feature-major product straight from x to a new result."""
+
+    context: DeviceContext
+    kernel: LoadedKernel
+    launch_config: Any
+    head: tuple[int, ...]
+    n: int
+    ldx: int
+    out_shape: tuple[int, ...]
+    flags: int
+
+
+@dataclass(frozen=True)
+class LinearMemo:
+    """A token-major product: transpose, product, transpose."""
+
+    context: DeviceContext
+    turn: LoadedKernel
+    turn_in: Any
+    turn_out: Any
+    kernel: LoadedKernel
+    launch_config: Any
+    head: tuple[int, ...]
+    n: int
+    ld: int
+    k: int
+    m: int
+    token_stride: int
+    turn_in_flags: int
+    turn_out_flags: int
+    out_shape: tuple[int, ...]
+    flags: int
+
+
+def memo_key(kind: str, x: Any, bias: Any, activation: str | None) -> tuple[Any, ...]:
+    """What a memo depends on, for torch tensors."""
+    about_bias = None if bias is None else (bias.dtype, bias.shape, bias.stride(), bias.get_device())
+    return ("memo", kind, x.dtype, x.shape, x.stride(), x.get_device(), activation, about_bias)
+
+
+def quick_matmul(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None) -> Any:
+    """The product by memo, or None when there is none."""
+    memo: MatmulMemo | None = packed.launch_cache.get(memo_key("matmul", x, bias, activation))
+    if memo is None:
+        return None
+    address = x.data_ptr()
+    if address & 15:
+        return None
+    out = x.new_empty(memo.out_shape)
+    memo.context.launch(
+        torch_stream(memo.context.ordinal), memo.launch_config, memo.kernel, *memo.head, address, out.data_ptr(),
+        0 if bias is None else bias.data_ptr(), 0, memo.n, memo.ldx, memo.n, 0, memo.flags,
+    )  # fmt: skip
+    return out
+
+
+def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None) -> Any:
+    """The token-major product by memo, or None when there is none."""
+    memo: LinearMemo | None = packed.launch_cache.get(memo_key("linear", x, bias, activation))
+    if memo is None:
+        return None
+    address = x.data_ptr()
+    if address & 15:
+        return None
+    launch, stream = memo.context.launch, torch_stream(memo.context.ordinal)
+    turned = x.new_empty((memo.k, memo.ld))
+    product = x.new_empty((memo.m, memo.ld))
+    out = x.new_empty(memo.out_shape)
+    turned_at, product_at = turned.data_ptr(), product.data_ptr()
+    launch(stream, memo.turn_in, memo.turn, address, memo.token_stride, turned_at, memo.ld, memo.n, memo.k, memo.turn_in_flags)
+    launch(
+        stream, memo.launch_config, memo.kernel, *memo.head, turned_at, product_at, 0 if bias is None else bias.data_ptr(), 0,
+        memo.n, memo.ld, memo.ld, 0, memo.flags,
+    )  # fmt: skip
+    launch(stream, memo.turn_out, memo.turn, product_at, memo.ld, out.data_ptr(), memo.m, memo.m, memo.n, memo.turn_out_flags)
+    return out
