@@ -5,6 +5,8 @@
     y = shflnb.matmul(packed, x)                                # (m, k) @ (k, n); also packed @ x
     y = shflnb.linear(x, packed, bias)                          # the meaning of torch.nn.functional.linear
     shflnb.save(packed, path); packed = shflnb.load(path)       # safetensors
+    report = shflnb.sparsify_(model, 0.75, (64, 64), example_inputs=x)      # a whole torch model, in place
+    forecast = shflnb.estimate(model, x)                        # the same table before pruning
 
 Public names are loaded when they are first used: `import shflnb` itself loads neither NumPy nor Numba, SciPy or torch.
 """
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
         ShflnbError,
     )
     from .formats import ShflBWMatrix, load, pack, save
+    from .nn import estimate, sparsify_
     from .ops import linear, matmul
     from .patterns import PruneResult, prune
 
@@ -45,21 +48,24 @@ __all__ = [
     "ShflBWMatrix",
     "ShflnbError",
     "__version__",
+    "estimate",
     "linear",
     "load",
     "matmul",
     "pack",
     "prune",
     "save",
+    "sparsify_",
 ]
 
 _HOME = {
     **dict.fromkeys(("ShflBWMatrix", "load", "pack", "save"), "formats"),
     **dict.fromkeys(("linear", "matmul"), "ops"),
+    **dict.fromkeys(("estimate", "sparsify_"), "nn"),
     **dict.fromkeys(("PruneResult", "prune"), "patterns"),
     **dict.fromkeys((name for name in __all__ if name.endswith(("Error", "Warning"))), "errors"),
 }
-_SUBPACKAGES = ("errors", "formats", "ops", "patterns", "reference")
+_SUBPACKAGES = ("errors", "formats", "nn", "ops", "patterns", "reference")
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from ._version import __version__
 from .formats import pack
 from .kernels.compiler import cache_dir
+from .kernels.cpu_pool import get_num_threads
 from .machine import CudaDriver, cpu_features, cpu_name, find_cuda, usable_cores
 from .ops import matmul
 
@@ -44,10 +45,10 @@ PACKAGES = (
 )
 VARIABLES = (
     "SHFLNB_CACHE_DIR",
+    "SHFLNB_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
-    "NUMBA_NUM_THREADS",
-    "NUMBA_THREADING_LAYER",
     "NUMBA_DISABLE_JIT",
+    "NUMBA_NUM_THREADS",
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -70,6 +71,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "extras": _extras(cuda),
         "product": _product(),
+        "threads": get_num_threads(),
         "pools": _pools(),
         "caches": _caches(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -121,7 +123,7 @@ def _product() -> dict[str, Any]:
 
 
 def _pools() -> list[dict[str, Any]]:
-    """The BLAS libraries and thread pools that are loaded, the ones of the CPU kernels among them."""
+    """The loaded BLAS libraries and thread pools of others; the CPU kernels have their own threads."""
     from threadpoolctl import threadpool_info
 
     keys = ("user_api", "internal_api", "version", "num_threads", "threading_layer", "architecture")
@@ -148,7 +150,7 @@ def render(report: dict[str, Any], console: Console) -> None:
         "shflnb": _machine_pairs(report),
         "Packages": [(name, version or "-") for name, version in report["packages"].items()],
         "Extras": [(name, _extra_text(extra)) for name, extra in report["extras"].items()],
-        "Thread pools": [
+        "Libraries with threads": [
             (pool["user_api"], " ".join(f"{key}={value}" for key, value in pool.items() if key != "user_api" and value))
             for pool in report["pools"]
         ],
@@ -174,7 +176,11 @@ def _machine_pairs(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("shflnb", report["shflnb"]),
         ("Python", f"{report['python']} on {report['platform']}"),
         ("CPU", f"{cpu['name']}, {cpu['usable_cores']} usable cores ({features})"),
-        ("product", f"{'right' if product['right'] else 'WRONG'} on the CPU, first call {product['first_call_s']} s"),
+        (
+            "product",
+            f"{'right' if product['right'] else 'WRONG'} on the CPU with up to {report['threads']} threads, "
+            f"first call {product['first_call_s']} s",
+        ),
         ("CUDA driver", ".".join(map(str, cuda["version"])) if cuda["version"] else "none"),
     ]
     for number, gpu in enumerate(cuda["devices"]):

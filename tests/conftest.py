@@ -1,4 +1,4 @@
-"""What all tests share: the `gpu` marker, which skips with a reason that names what was found."""
+"""What all tests share: the `gpu` marker, which skips with a reason that names what was found, and the `full` marker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def missing_gpu(found: CudaDriver, min_capability: tuple[int, int]) -> str | Non
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "full" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full") is not None])
+        items[:] = [item for item in items if item.get_closest_marker("full") is None]
     marked = [(item, marker) for item in items if (marker := item.get_closest_marker("gpu")) is not None]
     if not marked:
         return

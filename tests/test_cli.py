@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import shflnb
-from shflnb import cli, demo, doctor
+from shflnb import cli, demo, digits, doctor
 from shflnb.machine import CudaDevice, CudaDriver
 
 
@@ -200,7 +200,7 @@ def test_demo_text_shows_steps_tables_and_python(shflnb_command, monkeypatch) ->
 def test_demo_notices_a_wrong_library(monkeypatch, broken) -> None:
     """Each promise that the demo checks is really checked: break the library, and a check must fail."""
     pytest.importorskip("sklearn")
-    digits = demo.load_digits()
+    images = digits.load_digits()
     w = np.random.default_rng(0).standard_normal((512, 512), dtype=np.float32)
     pruned = shflnb.prune(w, sparsity=0.75, block=(32, 64), search="identity")
     right = getattr(demo, broken)
@@ -212,13 +212,13 @@ def test_demo_notices_a_wrong_library(monkeypatch, broken) -> None:
         monkeypatch.setattr(demo, "load", lambda path: right(path).astype("float16").astype("float32"))
     step, packed = demo._pack_step(pruned)
     checks = step.checks
-    x = demo.Network.random([64, 512], 0).activations(digits.x_test)[-1]
+    x = digits.Network.random([64, 512], 0).activations(images.x_test)[-1]
     checks = checks + demo._multiply_step(packed, pruned.weight, np.zeros(512, np.float32), x, 0).checks
     assert any(not check.passed for check in checks)
 
 
 def test_demo_without_scikit_learn_names_the_extra(shflnb_command, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
     code, _, err = shflnb_command("demo", "--json")
     assert code == 1
     assert "pip install 'shflnb[demo]'" in err
@@ -228,9 +228,10 @@ def test_demo_without_scikit_learn_names_the_extra(shflnb_command, monkeypatch) 
 
 
 def test_doctor_json_has_what_a_bug_report_needs(shflnb_command, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("SHFLNB_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "cache/kernels").mkdir(parents=True)
-    (tmp_path / "cache/kernels/a.cubin").write_bytes(b"12345")
+    monkeypatch.setattr(doctor, "cache_dir", lambda: tmp_path / "kernels")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/a.cubin").write_bytes(b"12345")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     code, out, _ = shflnb_command("doctor", "--json")
     report = json.loads(out)
     assert code == 0
@@ -238,13 +239,14 @@ def test_doctor_json_has_what_a_bug_report_needs(shflnb_command, tmp_path: Path,
     assert report["packages"]["numpy"] == np.__version__
     assert report["cpu"]["usable_cores"] >= 1
     assert report["caches"]["kernels"] == {
-        "path": str(tmp_path / "cache/kernels"),
+        "path": str(tmp_path / "kernels"),
         "files": 1,
         "bytes": 5,
         "writable": True,
     }
-    assert report["environment"]["SHFLNB_CACHE_DIR"] == str(tmp_path / "cache")
+    assert report["environment"]["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert report["product"]["right"] is True
+    assert report["threads"] >= 1
     assert any(pool["user_api"] == "blas" for pool in report["pools"])
 
 

@@ -48,6 +48,8 @@ def test_formats_and_patterns_load_no_compiler() -> None:
 
 @pytest.mark.parametrize("name", shflnb.__all__)
 def test_public_names_resolve_and_are_documented(name: str) -> None:
+    if name in ("estimate", "sparsify_"):
+        pytest.importorskip("torch")
     value = getattr(shflnb, name)
     assert name == "__version__" or (value.__doc__ or "").strip()
     assert name in dir(shflnb)

@@ -28,7 +28,8 @@ ROOMS: dict[str, set[str]] = {
     "tuning": {"machine", "ops", "kernels", "formats", "arrays", "errors"},
     "nn": {"machine", "tuning", "ops", "kernels", "patterns", "formats", "arrays", "errors", "_version"},
     "doctor": {"machine", "ops", "kernels", "formats", "errors", "_version"},
-    "demo": {"machine", "ops", "kernels", "patterns", "formats", "arrays", "errors"},
+    "digits": {"errors"},
+    "demo": {"digits", "machine", "nn", "ops", "kernels", "patterns", "formats", "arrays", "errors"},
     "cli": {"demo", "doctor", "nn", "tuning", "ops", "patterns", "formats", "arrays", "errors", "_version"},
     "__init__": {"nn", "tuning", "ops", "patterns", "reference", "formats", "errors", "_version"},
     "__main__": {"cli"},
@@ -41,17 +42,23 @@ LIBRARIES: dict[str, set[str]] = {
     "llvmlite": {"kernels"},
     "cuda": {"kernels"},
     "scipy": {"formats", "patterns", "reference"},
-    "threadpoolctl": {"kernels", "doctor"},
+    "threadpoolctl": {"doctor", "digits"},
     "safetensors": {"formats", "cli"},
     "platformdirs": {"kernels", "tuning", "doctor"},
     "filelock": {"kernels", "tuning"},
-    "sklearn": {"demo"},
+    "sklearn": {"digits"},
     "matplotlib": {"patterns", "nn", "tuning"},
+    "transformers": {"nn"},
     "typer": {"cli"},
     "rich": {"cli", "doctor", "nn"},
 }
 ANYWHERE = {"numpy", "ml_dtypes"} | set(sys.stdlib_module_names)
-NEVER_AT_IMPORT = {"torch": "nn", "matplotlib": None, "sklearn": None}  # library: the one room where it may be
+NEVER_AT_IMPORT = {
+    "torch": "nn",
+    "matplotlib": None,
+    "sklearn": None,
+    "transformers": None,
+}  # library: the one room where it may be
 
 # `packed @ x` is the product: the operator of the format is the one look upward, inside the method.
 EXCEPTIONS = {("formats.shflbw", "ops")}
@@ -169,8 +176,8 @@ def test_rooms_point_down_only() -> None:
         ("kernels.launch", "import scipy", "scipy belongs in"),
         ("kernels.launch", "class A:\n    import cuda.core", None),
         ("cli", "import requests", "requests is no library of this project"),
-        ("demo", "import sklearn", "may only be imported inside the function"),
-        ("demo", "def f():\n    import sklearn", None),
+        ("digits", "import sklearn", "may only be imported inside the function"),
+        ("digits", "def f():\n    import sklearn", None),
         ("nn.op", "import torch", None),
     ],
 )

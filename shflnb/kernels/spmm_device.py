@@ -26,7 +26,7 @@ from .queue import tile_queue
 from .select import Choice, choose, sweep_of
 from .views import DeviceView, current_stream, device_view, new_matrix
 
-__all__ = ["device_linear", "device_matmul", "kernel_spec", "plan_for", "problem_of"]
+__all__ = ["copy_spec", "device_linear", "device_matmul", "kernel_spec", "plan_for", "problem_of", "transpose_spec"]
 
 PLANS_KEPT = 1024  # launch records a packed matrix keeps; a model whose batch changes at every call stays bounded
 ALIGNED, HAS_BIAS, BIAS_F32, HAS_RESIDUAL = 1, 2, 4, 8  # bits of the kernels' flags, as in epilogue.py
@@ -74,13 +74,13 @@ def kernel_spec(config: Config) -> KernelSpec:
     return KernelSpec(repr(config), config.name, config.kernel, make, 13, config.threads, config.smem_bytes, config.blocks_per_sm)
 
 
-def _transpose_spec() -> KernelSpec:
+def transpose_spec() -> KernelSpec:
     from .transpose import TRANSPOSE_THREADS, make_transpose
 
-    return KernelSpec("transpose", "shflnb_transpose", "transpose", make_transpose, 7, TRANSPOSE_THREADS)
+    return KernelSpec("transpose", "shflnb_transpose", "transpose", make_transpose, 8, TRANSPOSE_THREADS)
 
 
-def _copy_spec() -> KernelSpec:
+def copy_spec() -> KernelSpec:
     from .transpose import COPY_THREADS, make_copy_strided
 
     return KernelSpec("copy_strided", "shflnb_copy_strided", "copy", make_copy_strided, 8, COPY_THREADS)
@@ -227,24 +227,21 @@ class _Call:
         """dst[r, c] = src[r, c]; (address, row stride, column stride) each."""
         if rows == 0 or cols == 0:
             return
-        kernel = self.context.kernel(_copy_spec(), self.stream_handle)
+        kernel = self.context.kernel(copy_spec(), self.stream_handle)
         grid = (ceil_div(cols, kernel.spec.threads), min(rows, 65535), 1)
         self.context.launch(self.stream_handle, kernel.config(grid), kernel, *src, *dst, rows, cols)
 
     def transpose(self, src: int, lds: int, dst: int, ldd: int, rows: int, cols: int, is_result: bool = False) -> None:
-        """dst[c, r] = src[r, c]; leading dimensions in values."""
+        """dst[c, r] = src[r, c]; leading dimensions in values. Tokens are the rows of src, of a result its columns."""
         if rows == 0 or cols == 0:
             return
-        kernel = self.context.kernel(_transpose_spec(), self.stream_handle)
+        kernel = self.context.kernel(transpose_spec(), self.stream_handle)
         flags = (src % 16 == 0 and lds % 8 == 0) | (dst % 16 == 0 and ldd % 8 == 0) << 1 | is_result << 2
-        row_tiles = ceil_div(rows, 64)
-        if row_tiles > 65535:  # the grid's second dimension ends there: turn the matrix piece by piece
-            piece = 65535 * 64
-            for first in range(0, rows, piece):
-                self.transpose(src + 2 * first * lds, lds, dst + 2 * first, ldd, min(piece, rows - first), cols, is_result)
-            return
-        grid = kernel.config((ceil_div(cols, 64), row_tiles, 1))
-        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, int(flags))
+        fast = ceil_div(rows if is_result else cols, 64)  # the other side holds the tokens
+        if is_result:
+            flags |= 8
+        blocks = ceil_div(rows, 64) * ceil_div(cols, 64)
+        self.context.launch(self.stream_handle, kernel.config(blocks), kernel, src, lds, dst, ldd, rows, cols, fast, int(flags))
 
     def plan(self, n: int, activation: str | None, bias: tuple[int, int], residual: tuple[int, int], config: Config | None) -> Plan:
         """The launch record for these operands."""
@@ -445,7 +442,7 @@ def device_linear(
         out_at = _rows(device_view(out_flat, what="out"))
     if m and n:
         _run_linear(call, view, n, out_at, bias_at, res, activation, config)
-        if quick and not x.requires_grad and x.is_contiguous() and min(m, n, k) > 1 and n <= 64 * 65535:
+        if quick and not x.requires_grad and x.is_contiguous() and min(m, n, k) > 1:
             packed.launch_cache[memo_key("linear", x, bias, activation)] = _linear_memo(call, n, (*lead, m), bias_at, activation)
     if out is not None:
         return out
@@ -455,12 +452,12 @@ def device_linear(
 def _linear_memo(call: _Call, n: int, out_shape: tuple[int, ...], bias: tuple[int, int], activation: str | None) -> LinearMemo:
     """The memo of a token-major product on a contiguous, aligned x."""
     m, k = call.packed.shape
-    turn = call.context.kernel(_transpose_spec(), call.stream_handle)
+    turn = call.context.kernel(transpose_spec(), call.stream_handle)
     plan = call.plan(n, activation, bias, (0, 0), None)
     ld = ceil_div(n, 8) * 8
     return LinearMemo(
-        call.context, turn, turn.config((ceil_div(k, 64), ceil_div(n, 64), 1)), turn.config((ceil_div(n, 64), ceil_div(m, 64), 1)),
-        plan.kernel, plan.launch_config, plan.head, n, ld, k, m, k, (k % 8 == 0) | 2, 1 | (m % 8 == 0) << 1 | 4, out_shape,
+        call.context, turn, turn.config(ceil_div(k, 64) * ceil_div(n, 64)), turn.config(ceil_div(n, 64) * ceil_div(m, 64)),
+        plan.kernel, plan.launch_config, plan.head, n, ld, k, m, k, ceil_div(k, 64), ceil_div(m, 64), (k % 8 == 0) | 2, 1 | (m % 8 == 0) << 1 | 12, out_shape,
         bias[1] | ALIGNED,
     )  # fmt: skip
 

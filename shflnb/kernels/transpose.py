@@ -16,6 +16,7 @@ from numba import cuda
 from numba.cuda import types
 
 from .ptx import (
+    div_u32,
     ld_global_u16,
     ld_global_stream_v4,
     ld_shared_v4,
@@ -65,19 +66,26 @@ def _beyond(room, count):
 
 
 def make_transpose() -> Callable[..., Any]:
-    """The kernel (src, lds, dst, ldd, rows, cols, flags).
+    """The kernel (src, lds, dst, ldd, rows, cols, fast_tiles, flags); one block a tile.
 
     Bits of flags: 0: src rows are 16-byte aligned; 1: dst rows are; 2: dst is a result, not what the next kernel reads, and
-    should not push that out of L2.
+    should not push that out of L2. `fast_tiles` tiles are taken along one side before the next step along the other, tokens
+    (rows, or with bit 3 columns), which runs from the last to the first: the product before or after works from the first to
+    the last, so each finds in L2 what the other touched most recently.
     """
 
-    def transpose(src, lds, dst, ldd, rows, cols, flags):
+    def transpose(src, lds, dst, ldd, rows, cols, fast_tiles, flags):
         tile = cuda.shared.array(TILE_BYTES, types.uint8, alignment=128)
         base = smem_address(tile)
         tid = u32(cuda.threadIdx.x)
         lane, warp = u32(tid & u32(31)), u32(tid >> u32(5))
-        col0 = u64(cuda.blockIdx.x) * u64(TILE)
-        row0 = u64(cuda.blockIdx.y) * u64(TILE)
+        block = u32(u32(cuda.gridDim.x) - u32(1) - u32(cuda.blockIdx.x))
+        slow = div_u32(block, u32(fast_tiles))
+        fast = u32(block - slow * u32(fast_tiles))
+        if flags & u64(8):
+            row0, col0 = u64(fast) * u64(TILE), u64(slow) * u64(TILE)
+        else:
+            row0, col0 = u64(slow) * u64(TILE), u64(fast) * u64(TILE)
         for part in range(2):
             r = u32((tid >> u32(3)) + u32(32 * part))
             c = u32((tid & u32(7)) * u32(8))

@@ -18,7 +18,7 @@ from .calibrate import input_norms
 from .decide import Facts, Options, Timer, Times, decide, random_layer, sparsity_of
 from .eligible import Candidate, FilterFn, find_layers, replace_module
 from .hf import attach, is_pretrained
-from .measure import device_name, median_us
+from .measure import device_name, call_us
 from .modules import SharedInput, ShflLinear
 from .observe import Observation, call_model, evaluation, observe
 from .planner import Plan, components, plan
@@ -209,7 +209,7 @@ class _Work:
         """Microseconds of one forward pass of the whole model."""
         device = next(self.model.parameters()).device
         with evaluation(self.model, keep_fast_path=True):
-            return median_us([lambda: call_model(self.model, example_inputs)], device, self.options.timing)
+            return call_us([lambda: call_model(self.model, example_inputs)], device, self.options.timing)
 
     # -- layer by layer --------------------------------------------------------------------------------------------------
 

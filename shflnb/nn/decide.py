@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..formats import ShflBWMatrix
 from ..formats.shflbw import check_block
 from .eligible import FilterFn, check_patterns, matches
-from .measure import TIMINGS, dense_call, median_us, sparse_call, transpose_us
+from .measure import TIMINGS, dense_call, call_us, sparse_call, transpose_us
 from .modules import SHARE_ON, ShflLinear
 from .observe import Observation
 from .planner import Plan, plan
@@ -119,7 +119,7 @@ class Timer:
         key = ("dense", tuple(w.shape), n, facts.dtype, w.device, facts.bias is not None, activation)
         if key not in self._known:
             calls = dense_call(w, facts.bias, n, facts.dtype, activation)
-            self._known[key] = median_us(calls, w.device, self.timing)
+            self._known[key] = call_us(calls, w.device, self.timing)
         return self._known[key]
 
     def _sparse(
@@ -134,7 +134,7 @@ class Timer:
             calls = sparse_call(
                 layer, n, facts.dtype, feature_in=feature_in or shares, layout=out, activation=activation
             )
-            self._known[key] = median_us(calls, device, self.timing)
+            self._known[key] = call_us(calls, device, self.timing)
         return self._known[key] + (self._transpose(n, k, layer, facts.dtype) / readers if shares else 0.0)
 
     def _transpose(self, n: int, k: int, layer: ShflLinear, dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from .convert import compute_dtype, facts_of, stand_in, unsupported
 from .decide import Facts, Options, Timer, Times, decide, sparsity_of
 from .eligible import FilterFn, find_layers
-from .measure import device_name, median_us
+from .measure import device_name, call_us
 from .modules import ShflLinear
 from .observe import Observation, call_model, evaluation, observe
 from .planner import Plan
@@ -187,7 +187,7 @@ class _Meter:
         if any(p.device != self.place for p in self.model.parameters()) or self.wanted is not None:
             return None
         with evaluation(self.model, keep_fast_path=True):
-            return median_us([lambda: call_model(self.model, example_inputs)], self.place, self.options.timing)
+            return call_us([lambda: call_model(self.model, example_inputs)], self.place, self.options.timing)
 
 
 class _Predictor:

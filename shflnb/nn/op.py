@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import ops
 from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from .layout import is_feature_major
 from .record import launch_record
@@ -109,15 +110,29 @@ def activate(z: torch.Tensor, activation: str | None) -> torch.Tensor:
 
 # -- the forward pass ---------------------------------------------------------------------------------------------------
 
-_include_set = getattr(torch._C, "_dispatch_tls_local_include_set", None)
-_keys_of = getattr(torch._C, "_dispatch_keys", None)
-_PLAIN_MODES: int | None = None
+def _dispatch_state() -> tuple[int, int]:
+    """The key sets that modes, autocast, tracing and functorch transforms change for the current thread."""
+    return _include_set().raw_repr(), _exclude_set().raw_repr()
+
+
+_include_set: Any = getattr(torch._C, "_dispatch_tls_local_include_set", None)
+_exclude_set: Any = getattr(torch._C, "_dispatch_tls_local_exclude_set", None)
+_keys_of: Any = getattr(torch._C, "_dispatch_keys", None)
+_PLAIN_STATES: set[tuple[int, int]] = set()
 _PLAIN_KEYS: set[int] = set()
-if _include_set is not None and _keys_of is not None:
-    _PLAIN_MODES = _include_set().raw_repr()
-    _PLAIN_KEYS = {_keys_of(torch.empty(0)).raw_repr()}
-    if torch.cuda.is_available():
-        _PLAIN_KEYS.add(_keys_of(torch.empty(0, device="cuda")).raw_repr())
+
+
+def _learn_plain_calls() -> None:
+    """Note what an ordinary call looks like to the dispatcher, in inference mode too."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            _PLAIN_STATES.add(_dispatch_state())
+            _PLAIN_KEYS.update(_keys_of(torch.empty(0, device=device)).raw_repr() for device in devices)
+
+
+if None not in (_include_set, _exclude_set, _keys_of):
+    _learn_plain_calls()
 
 
 def _is_plain_call(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -126,17 +141,14 @@ def _is_plain_call(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | N
     No gradient, no tracing, no autocast, no dispatch mode, no functorch transform, no tensor subclass: read off the
     dispatcher's own key sets, which name them all. Where torch does not show those sets the call is simply dispatched.
     """
-    if torch.compiler.is_compiling() or _PLAIN_MODES is None:
+    if torch.compiler.is_compiling() or not _PLAIN_STATES:
         return False
-    if torch.is_grad_enabled() and (
-        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    assert _include_set is not None and _keys_of is not None, "set together with _PLAIN_MODES"
     return (
         type(x) is torch.Tensor
         and _keys_of(x).raw_repr() in _PLAIN_KEYS
-        and _include_set().raw_repr() == _PLAIN_MODES
+        and _dispatch_state() in _PLAIN_STATES
         and not torch._C._is_torch_function_mode_enabled()
     )
 
@@ -154,18 +166,20 @@ def _linear(
     feature_out: bool,
 ) -> torch.Tensor:
     """The kernel's side of the operator: check, find the launch record, multiply in the layout that x has."""
-    from .. import ops
-
     _check(x, values, indices, indptr, row_perm, bias, k)
     packed = launch_record(values, indices, indptr, row_perm, k, tile_k, x.dtype)
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+        bias = bias.to(x.dtype)
     lead, m = x.shape[:-1], row_perm.shape[0]
-    if x.dim() < 2 or not (feature_out or is_feature_major(x)):
-        return ops.linear(x.contiguous(), packed, bias, activation=activation)
-    features = x.movedim(-1, 0).reshape(k, math.prod(lead)).contiguous()
-    y = ops.matmul(packed, features, bias=bias, activation=activation)
-    if feature_out:
-        return y.view(m, *lead).movedim(0, -1)
-    return y.t().contiguous().view(*lead, m)
+    tokens = math.prod(lead)
+    # Always two dimensions, of strides (k, 1) or (1, tokens), whatever the leading dimensions are.
+    flat = x.movedim(-1, 0).reshape(k, tokens).t() if is_feature_major(x) else x.reshape(tokens, k)
+    if feature_out and x.dim() > 1:
+        memory = x.new_empty(m, tokens)
+        if tokens:
+            ops.linear(flat, packed, bias, activation=activation, out=memory.t())
+        return memory.view(m, *lead).movedim(0, -1)
+    return ops.linear(flat, packed, bias, activation=activation).view(*lead, m)
 
 
 def _check(
@@ -228,6 +242,14 @@ def _autocast(device_type: str, key: str) -> None:
 
 _autocast("cpu", "AutocastCPU")
 _autocast("cuda", "AutocastCUDA")
+
+
+@torch.library.register_vmap("shflnb::linear", lib=_LIB)
+def _vmap(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, int]:
+    """A batch of x is one dimension more; a batch of weights is refused."""
+    if any(dim is not None for dim in in_dims[1:]):
+        raise ArgumentError("vmap over the weights of a packed layer is not possible; call the layers one by one")
+    return torch.ops.shflnb.linear.default(x.movedim(in_dims[0], 0), *rest), 0
 
 
 # -- the backward pass --------------------------------------------------------------------------------------------------

@@ -133,10 +133,15 @@ class Report:
 
     @property
     def predicted_us(self) -> float | None:
-        """Time of the whole model as the rows foretell it: measured dense, less what the sparse layers save."""
+        """Time of the whole model as the rows foretell it: measured dense, less what the sparse layers save.
+
+        None without a measurement of the model, and where its layers alone took longer than all of it did (a machine too
+        busy to measure on).
+        """
         if self.model_dense_us is None or self.layers_dense_us is None or self.layers_chosen_us is None:
             return None
-        return self.model_dense_us - self.layers_dense_us + self.layers_chosen_us
+        rest = self.model_dense_us - self.layers_dense_us
+        return rest + self.layers_chosen_us if rest >= -0.2 * self.model_dense_us else None
 
     @property
     def predicted_speedup(self) -> float | None:

@@ -2,12 +2,13 @@
 
 An exact transport solver takes seconds to minutes at 4096 rows, so two vectorised steps come close instead:
 
-1. prices: a Sinkhorn-like ascent on one price per group, until the rows' favourites at those prices are nearly balanced;
+1. prices: a Sinkhorn-like ascent on one price per group, until the rows' favourites at those prices are nearly
+   balanced;
 2. greedy by regret: every open row asks for its best open group, groups accept those who would lose most elsewhere.
 
-Measured on profits of trained and synthetic layers (384 to 1536 rows, v = 32 and 64) against the exact optimum: 0.2 to 0.5 %
-of the distance between a random and the best assignment is lost, without prices 11 to 16 % (2026-11). What is lost here is
-found again by the exchanges of `swaps.py`.
+Measured on profits of trained and synthetic layers (384 to 1536 rows, v = 32 and 64) against the exact optimum: 0.2 to
+0.5 % of the distance between a random and the best assignment is lost, without prices 11 to 16 % (2026-11). What is
+lost here is found again by the exchanges of `swaps.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def _prices(xp: Backend, profit: Any, sizes: np.ndarray, steps: int) -> Any:
     _, first, second = xp.top2(profit)
     spread = float((first - second).mean()) + 1e-30
     price = xp.full((profit.shape[1],), 0.0)
-    # Annealed from four times the mean regret to a quarter of it: sharp enough that few rows are left to the greedy step.
+    # Annealed from four times the mean regret to a quarter of it: sharp enough that few rows are left to the greedy
+    # step.
     for step in range(steps):
         eps = spread * 4.0 * (1.0 / 16.0) ** (step / max(1, steps - 1))
         soft = xp.softmax((profit - price[None, :]) / eps)

@@ -10,7 +10,7 @@ Nothing here uses float atomics: the same input on the same device gives the sam
 from __future__ import annotations
 
 import sys
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -245,7 +245,7 @@ class TorchBackend:
         return out
 
 
-Backend = Union[NumpyBackend, TorchBackend]
+Backend = NumpyBackend | TorchBackend
 
 
 def backend_of(x: Any) -> Backend:

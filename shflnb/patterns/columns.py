@@ -1,10 +1,10 @@
 """Which columns each group keeps, given the sums of the scores of its rows: the exact optimum for a budget.
 
-`T[g, c]` is the summed score of the column vector (g, c); keeping it costs `sizes[g]` weights. All budgets rank by score
-per weight, `T[g, c] / sizes[g]`: the groups have equal sizes but for the last, which may be shorter.
+`T[g, c]` is the summed score of the column vector (g, c); keeping it costs `sizes[g]` weights. All budgets rank by
+score per weight, `T[g, c] / sizes[g]`: the groups have equal sizes but for the last, which may be shorter.
 
-Rounded to a tile, a group's columns are taken in steps of `step` columns in falling order. The steps of one group are then
-worth less and less, so the best steps of the whole layer are always the first ones of their groups, and a plain
+Rounded to a tile, a group's columns are taken in steps of `step` columns in falling order. The steps of one group are
+then worth less and less, so the best steps of the whole layer are always the first ones of their groups, and a plain
 threshold over steps is optimal.
 """
 

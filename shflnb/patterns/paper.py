@@ -1,8 +1,8 @@
 """The authors' search: balanced k-means on the bits of a pre-mask, then the best columns of those groups.
 
-Source: Huang et al., "Shfl-BW", DAC 2022, arXiv 2203.05016, and the authors' published search. Their balanced k-means solves
-a minimum-cost flow per iteration; here the same Lloyd iteration uses the assignment of `assign.py`, which is within a fraction
-of a per cent of the flow's optimum and takes milliseconds.
+Source: Huang et al., "Shfl-BW", DAC 2022, arXiv 2203.05016, and the authors' published search. Their balanced k-means
+solves a minimum-cost flow per iteration; here the same Lloyd iteration uses the assignment of `assign.py`, which is
+within a fraction of a per cent of the flow's optimum and takes milliseconds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def pre_mask(xp: Backend, s: Any, density: float) -> Any:
 def balanced_kmeans(xp: Backend, x: Any, sizes: np.ndarray, *, seed: int = 0, iterations: int = 20) -> Any:
     """Labels int64 of a balanced k-means of the rows of `x` in the Euclidean metric, started from random rows.
 
-    |x - c|^2 = |x|^2 - 2 x.c + |c|^2: the first term does not depend on the cluster, so the profit of row x in cluster c
-    is 2 x.c - |c|^2, one product per iteration.
+    |x - c|^2 = |x|^2 - 2 x.c + |c|^2: the first term does not depend on the cluster, so the profit of row x in cluster
+    c is 2 x.c - |c|^2, one product per iteration.
     """
     start = np.random.default_rng(seed).choice(x.shape[0], size=len(sizes), replace=False)
     centres = xp.take_rows(x, xp.asarray(start))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..arrays import host_array
 from ..errors import MissingDependencyError
 
 __all__ = ["PruneResult"]
@@ -30,7 +31,7 @@ class PruneResult:
         Kept score / all score (1.0 if all scores are zero).
     block : (v, tile_k)
     search, score, quality : str
-        What was asked.
+        How it was found.
     """
 
     weight: Any
@@ -42,7 +43,6 @@ class PruneResult:
     search: str = "refined"
     score: str = "magnitude"
     quality: str = "default"
-    kept_columns: Any = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,13 +68,13 @@ class PruneResult:
         m, k = self.shape
         c = self.counts if len(self.counts) else np.zeros(1, dtype=np.int64)
         v, tile_k = self.block
-        padded = int((-(-c // tile_k) * tile_k).sum())
+        kept, padding = int(c.sum()), int((-c % tile_k).sum())
         return "\n".join(
             (
                 f"{m} x {k}, block {v} x {tile_k}, search {self.search} ({self.quality}), score {self.score}",
                 f"kept {self.density:.2%} of the weights and {self.retained:.2%} of the score",
                 f"{len(self.counts)} groups; kept columns: least {c.min()}, median {int(np.median(c))}, most {c.max()}",
-                f"padding to tile_k = {tile_k}: {padded - int(c.sum())} columns ({padded / max(1, int(c.sum())) - 1:.1%})",
+                f"padding to tile_k = {tile_k}: {padding} columns ({padding / max(1, kept):.1%})",
             )
         )
 
@@ -87,8 +87,6 @@ class PruneResult:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise MissingDependencyError("plot() needs matplotlib; pip install 'shflnb[plots]'") from error
-        from ..arrays import host_array
-
         mask = host_array(self.mask)
         figure = Figure(figsize=(13, 5), layout="constrained")
         before, after, lengths = figure.subplots(1, 3)

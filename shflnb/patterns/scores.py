@@ -37,7 +37,7 @@ def input_norm(inputs: Any) -> np.ndarray:
     """
     x = host_array(inputs, what="inputs")
     if x.ndim < 2:
-        raise ShapeError(f"inputs have shape {tuple(x.shape)}; calibration data is (samples, k); pass a vector as norm=")
+        raise ShapeError(f"inputs have shape {tuple(x.shape)}; calibration data is (samples, k), a vector is norm=")
     flat = x.reshape(-1, x.shape[-1])
     total = np.zeros(flat.shape[1], dtype=np.float64)
     # In pieces, so that calibration data of any size needs only a few megabytes more.
@@ -91,7 +91,7 @@ def score_matrix(
     """
     base = _to_float32(w, "w")
     if base.ndim != 2:
-        raise ShapeError(f"w has shape {tuple(base.shape)}; needed is a matrix (m, k); flatten filters to (f, r*s*c) first")
+        raise ShapeError(f"w has shape {tuple(base.shape)}; needed is (m, k); flatten filters to (f, r*s*c)")
     _refuse_non_finite(base, "w")
     if isinstance(score, str):
         out = _named_score(base, score, inputs=inputs, norm=norm, grad=grad)

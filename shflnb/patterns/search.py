@@ -2,19 +2,19 @@
 
 maximise  sum_g sum_{c kept by g} T[g, c],   T[g, c] = sum of S[i, c] over the rows i of group g,   within the budget.
 
-1. Starts: the paper's clusters; a run whose density falls from twice the target to the target (each row first follows
-   the coarse structure, then the fine); random groups; the order as given.
+1. Starts: the paper's clusters; a run whose density falls from twice the target to the target (rows first follow the
+   coarse structure, then the fine); random groups; the order as given.
 2. Each start alternates (best groups for the columns, best columns for the groups) and makes a few cold exchanges.
 3. The best goes through annealed exchanges (`swaps.py`), which is where most of the gain is.
-4. With group lengths rounded to the tile, steps 2 and 3 are repeated, shorter, on the rounded budget itself.
+4. With group lengths rounded to the tile, step 3 is repeated, shorter, on the rounded budget itself.
 
-The rows come in an order of their own (`pruning.py` sorts them by content), so all but the last start give the same result
-for any order of the rows.
+The rows come in an order of their own (`pruning.py` sorts them by content), and the order as given only ever competes
+with the result of the others: where it does not win, the result is the same for any order of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from .grouping import Grouping, alternate, better, evaluate
 from .paper import search_paper
 from .swaps import Schedule, anneal
 
-__all__ = ["Plan", "plan_for", "search_refined"]
+__all__ = ["Plan", "falling_density", "plans_for", "search_refined"]
 
 Progress = Callable[[str, float, float], None]
 
@@ -38,10 +38,8 @@ class Plan:
 
     Attributes
     ----------
-    falling : int
-        Starts with a falling density.
-    randoms : int
-        Random starts.
+    falling, randoms : int
+        Starts with a falling density, and random starts.
     cold : Schedule
         Exchanges that every start makes.
     long : Schedule
@@ -57,17 +55,18 @@ class Plan:
     rounded: Schedule
 
 
-def plan_for(m: int, k: int, groups: int, quality: str) -> list[Plan]:
+def plans_for(m: int, k: int, groups: int, quality: str) -> list[Plan]:
     """The plans to run one after the other; "best" runs all three, so that a better quality never keeps less."""
-    rounds = int(np.clip(2 * groups, 24, 100))
+    tournaments = max(1, groups - 1)
+    rounds = min(tournaments * max(1, 32 // tournaments), 112)
     # A sweep costs about m * k * groups; small layers can afford many more of them.
     work = max(1.0, float(m) * k * groups)
-    sweeps = int(np.clip(60 * (2.0**30 / work) ** 0.35, 30, 240))
-    cold = Schedule(8, rounds)
-    fast = Plan(0, 0, cold, Schedule(0, rounds), Schedule(6, rounds))
-    default = Plan(1, 0, cold, Schedule(sweeps, rounds, 0.3), Schedule(max(10, sweeps // 4), rounds, 0.1))
+    sweeps = min(int(np.clip(40 * (2.0**30 / work) ** 0.3, 20, 200)), 8 + m // 2)
+    cold = Schedule(4, rounds)
+    fast = Plan(0, 0, cold, Schedule(8, rounds), Schedule(4, rounds))
+    default = Plan(1, 0, cold, Schedule(sweeps, rounds, 0.6), Schedule(8 + sweeps // 8, rounds, 0.1))
     randoms = int(np.clip(2.0**26 / work, 2, 40))
-    best = Plan(1, randoms, cold, Schedule(6 * sweeps, rounds, 0.3), Schedule(sweeps, rounds, 0.1))
+    best = Plan(1, randoms, cold, Schedule(5 * sweeps, rounds, 1.0), Schedule(sweeps, rounds, 0.1))
     return {"fast": [fast], "default": [fast, default], "best": [fast, default, best]}[quality]
 
 
@@ -75,53 +74,52 @@ def search_refined(
     xp: Backend,
     s: Any,
     budget: Budget,
-    identity_labels: Any,
+    given: Any,
     *,
     seed: int = 0,
     quality: str = "default",
     progress: Progress | None = None,
 ) -> Grouping:
-    """The best grouping found; never below the one of `identity_labels` nor the paper's search at the same seed."""
+    """The best grouping found; never below that of the labels `given` nor the paper's search at the same seed."""
     total = xp.total(s) or 1.0
     free = budget.unrounded()
-    plans = plan_for(s.shape[0], s.shape[1], len(budget.sizes), quality)
+    plans = plans_for(s.shape[0], s.shape[1], len(budget.sizes), quality)
 
     def say(stage: str, fraction: float, found: Grouping) -> None:
         if progress is not None:
             progress(stage, fraction, found.kept_score / total)
 
-    identity = evaluate(xp, s, identity_labels, free)
-    paper = search_paper(xp, s, free, seed=seed)
-    final = better(evaluate(xp, s, identity_labels, budget), evaluate(xp, s, paper.labels, budget))
-    say("starts", 0.0, final)
-    best = anneal(xp, s, alternate(xp, s, paper, free), free, plans[0].cold)
+    identity, paper = evaluate(xp, s, given, free), search_paper(xp, s, free, seed=seed)
+    final = better(evaluate(xp, s, paper.labels, budget), evaluate(xp, s, given, budget))
+    say("starts", 1.0, final)
+
+    def improve(start: Grouping, schedule: Schedule) -> Grouping:
+        return anneal(xp, s, alternate(xp, s, start, free), free, schedule, seed=seed)
+
+    best = improve(paper, plans[0].cold)
+    own = improve(identity, plans[0].cold)
     for level, plan in enumerate(plans):
-        xp.seed(seed + 1000 * level)
-        rng = np.random.default_rng((seed, level))
-        for start in _starts(xp, s, free, plan, rng):
-            best = better(best, anneal(xp, s, alternate(xp, s, start, free), free, plan.cold))
-        if level == 0:
-            own = anneal(xp, s, alternate(xp, s, identity, free), free, plan.cold)
-            best = better(best, own)
-        best = anneal(xp, s, best, free, plan.long, lambda f, b: say("anneal", f, b))
-        final = better(final, _finish(xp, s, best, budget, plan))
+        for start in _starts(xp, s, free, plan, np.random.default_rng((seed, level))):
+            best = better(best, improve(start, plan.cold))
+        best = anneal(xp, s, best, free, plan.long, seed=seed + level, report=lambda f, b: say("exchanges", f, b))
+        final = better(final, _finish(xp, s, better(best, own), budget, plan, seed))
         say(f"plan {level + 1} of {len(plans)}", 1.0, final)
     return final
 
 
-def _starts(xp: Backend, s: Any, budget: Budget, plan: Plan, rng: np.random.Generator) -> Any:
+def _starts(xp: Backend, s: Any, budget: Budget, plan: Plan, rng: np.random.Generator) -> Iterator[Grouping]:
     for _ in range(plan.falling):
-        yield falling_density(xp, s, random_labels(xp, budget, rng), budget)
+        yield falling_density(xp, s, _random_labels(xp, budget, rng), budget)
     for _ in range(plan.randoms):
-        yield evaluate(xp, s, random_labels(xp, budget, rng), budget)
+        yield evaluate(xp, s, _random_labels(xp, budget, rng), budget)
 
 
-def random_labels(xp: Backend, budget: Budget, rng: np.random.Generator) -> Any:
+def _random_labels(xp: Backend, budget: Budget, rng: np.random.Generator) -> Any:
     """A random balanced grouping."""
     return xp.asarray(rng.permutation(np.repeat(np.arange(len(budget.sizes)), budget.sizes)))
 
 
-def falling_density(xp: Backend, s: Any, labels: Any, budget: Budget, *, steps: int = 16) -> Grouping:
+def falling_density(xp: Backend, s: Any, labels: Any, budget: Budget, *, steps: int = 12) -> Grouping:
     """Alternation while the density falls geometrically from twice the target to the target."""
     high = min(0.9, 2.0 * budget.density)
     for step in range(steps if 0.0 < budget.density < high else 0):
@@ -131,9 +129,9 @@ def falling_density(xp: Backend, s: Any, labels: Any, budget: Budget, *, steps: 
     return evaluate(xp, s, labels, budget)
 
 
-def _finish(xp: Backend, s: Any, found: Grouping, budget: Budget, plan: Plan) -> Grouping:
+def _finish(xp: Backend, s: Any, found: Grouping, budget: Budget, plan: Plan, seed: int) -> Grouping:
     """The same groups under the budget as asked, improved there if that budget is a rounded one."""
     if budget.step == 1:
         return found
     rounded = evaluate(xp, s, found.labels, budget)
-    return anneal(xp, s, alternate(xp, s, rounded, budget), budget, plan.rounded)
+    return anneal(xp, s, alternate(xp, s, rounded, budget), budget, plan.rounded, seed=seed)

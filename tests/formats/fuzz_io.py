@@ -30,7 +30,7 @@ import strategies  # on the path only from here on when this runs as a program
 from shflnb.errors import FormatError
 from shflnb.formats import ShflBWMatrix, load, pack, save
 
-HEADER_LIMIT = 4 << 20
+HEADER_LIMIT = 1 << 20
 """Bytes that parsing a header of the largest allowed size may take."""
 
 SECONDS_PER_LOAD = 20.0
@@ -53,7 +53,7 @@ NO_HEADER_LEFT = (
 
 def allowed_bytes(size: int, header_size: int) -> int:
     """What loading a file of `size` bytes may allocate: the file, a byte per row, and the parsed header."""
-    return size + size // 4 + 48 * min(header_size, 1 << 16) + (128 << 10)
+    return size + size // 4 + 48 * min(header_size, 1 << 14) + (128 << 10)
 
 
 @dataclass

@@ -144,6 +144,10 @@ class TestInputs:
         packed = pack(a, (16, 16), fill_in_warning=None)
         assert packed.indices.tolist() == [1]
         np.testing.assert_array_equal(packed.to_dense(), a.toarray())
+        csr = sp.csr_array((np.array([1.0, -1.0, 2.0, 5.0]), np.array([3, 3, 1, 1]), np.array([0, 4])), shape=(1, 4))
+        packed = pack(csr, (16, 16))
+        assert packed.indices.tolist() == [1] and packed.to_dense().tolist() == [[0.0, 7.0, 0.0, 0.0]]
+        assert csr.nnz == 4, "the argument was changed"
 
     def test_sparse_in_bands(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = importlib.import_module("shflnb.formats.pack")  # the package's attribute `pack` is the function
@@ -247,6 +251,13 @@ class TestGrouping:
         assert stored <= stored_by_counting(w, v, np.arange(len(w)))
         assert stored == stored_places(bits, v, order)
 
+    def test_the_given_order_may_be_best(self) -> None:
+        """Four of five weights are missing, so rows of a group look like strangers; the order as given knows better."""
+        made = strategies.make_patterned(256, 64, 32, shuffle=False, unequal=False, seed=1)
+        w = made.w
+        w[np.random.default_rng(1).random(w.shape) < 0.8] = 0
+        np.testing.assert_array_equal(pack(w, (32, 16), fill_in_warning=None).row_perm, np.arange(256))
+
     def test_low_groups_inside_high_ones(self) -> None:
         """Groups of 16 packed at v = 32: pairs that share columns find each other."""
         rng = np.random.default_rng(0)
@@ -281,6 +292,17 @@ class TestGrouping:
             packed = pack(w, (32, 16), fill_in_warning=None)
             assert_same_values(packed, w)
             assert packed.stored <= stored_by_counting(w, 32, np.arange(m))
+
+    @pytest.mark.parametrize("words", [1, 2, 5])
+    def test_a_sketch_of_the_columns_is_enough(self, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Large matrices are clustered by some of their columns; what is stored is judged by all of them."""
+        monkeypatch.setattr("shflnb.formats.grouping.SKETCH_WORDS", (words, words))
+        made = strategies.make_patterned(192, 640, 32, density=0.3, unequal=False, seed=words)
+        w = made.w
+        w[np.random.default_rng(0).random(w.shape) < 0.02] = 0
+        packed = pack(w, (32, 16), fill_in_warning=None)
+        assert_same_values(packed, w)
+        assert packed.stored <= 6 * 32 * 192
 
     def test_union_of_supports(self) -> None:
         w = strategies.make_scattered(50, 70, density=0.05, seed=1)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_check_block() -> None:
 class TestCopies:
     def test_launch_cache_stays_behind(self) -> None:
         packed = small("bfloat16")
-        packed.launch_cache["device 0"] = object()
+        packed.launch_cache["device 0"] = threading.Lock()  # cannot be pickled, as a kernel cannot
         for other in (pickle.loads(pickle.dumps(packed)), copy.copy(packed), copy.deepcopy(packed)):
             assert other.launch_cache == {}
             other.validate()

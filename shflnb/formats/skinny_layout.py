@@ -1,0 +1,389 @@
+"""Canonical order <-> the order of the few-column kernel: balanced streams of records, in NumPy and both ways.
+
+A *step* is 16 kept columns of one *item* (at most 64 rows of a group; v = 128 gives two items a group): what one
+`mma.m16n8k16` eats along k. A *record* is a step as it lies in memory, read once, front to back:
+
+    [rows / 16][32 lanes][8 halves]   operand A in fragment order, as in `layout.to_mma`
+    [16 column places, uint16]        0 .. window - 1, or PADDING; the highest bit is set in the last step of a piece
+
+Work is cut three times, always into equal numbers of steps: items go to *teams* (longest first, to the team with least);
+a team's steps, sorted by column, go to its *ranks* (thread blocks of a cluster), so that a rank needs only a window of
+x; a rank's steps, sorted by item, go to its *warps*. A window that would be wider than `window` rows is cut into
+*phases*. A *piece* is what one warp has of one item in one phase: its sum fills one *slot*, and the sum of an item's slots
+in the order of the entries is the item's result, so that the order of every addition is fixed here.
+
+Inside a piece the columns are ordered so that eight neighbours fall into different shared-memory banks; `place_of_row`
+is the order in which the rows of a window stand there.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ArgumentError, DtypeError
+from .shflbw import ShflBWMatrix
+
+__all__ = ["LAST_STEP", "NO_ROW", "PADDING", "SkinnyLayout", "from_skinny", "place_of_row", "to_skinny"]
+
+PADDING = 0x7FFF  # a column place that stands for zeros
+LAST_STEP = 0x8000  # bit of the places of a piece's last step
+NO_ROW = 0xFFFFFFFF  # output row of a place that the short last group does not have
+ALIGN = 8  # windows start at multiples of this column: 16 bytes of token-major x
+PHASE_ALIGN = 64  # phases start at multiples of this row of their rank's window, which `place_of_row` respects
+
+
+@dataclass(frozen=True, eq=False)
+class SkinnyLayout:
+    """A packed matrix as balanced streams of records, on the host.
+
+    Parameters
+    ----------
+    records : uint16 array, shape (steps, item_rows * 16 + 16)
+        Weights (bits of the dtype) and column places, in the order block, warp, phase, item, column.
+    warps : uint32 array, shape (teams * ranks, warps, 2 + phases)
+        First record, first slot, and the number of steps in each phase, for each warp of each block.
+    windows : uint32 array, shape (2, teams * ranks, phases, 4)
+        First column of x, rows to load, and what to add to a column place, of each phase; [0] loads phase by phase,
+        [1] all of a block's window at phase 0.
+    entry_ptr : uint32 array, shape (items + 1,)
+        Entries of an item, in the order of `teams_ptr`.
+    entries : uint32 array
+        rank * 65536 + slot of every piece, by item, in the order of their addition.
+    teams_ptr : uint32 array, shape (teams + 1,)
+        Items of each team.
+    item_ids : int64 array, shape (items,)
+        group * (items per group) + part, for each item in the order of the teams.
+    rows : uint32 array, shape (items * item_rows,)
+        Output row of each row of each item, or NO_ROW.
+    """
+
+    records: np.ndarray
+    warps: np.ndarray
+    windows: np.ndarray
+    entry_ptr: np.ndarray
+    entries: np.ndarray
+    teams_ptr: np.ndarray
+    item_ids: np.ndarray
+    rows: np.ndarray
+    ranks: int
+    v: int
+    groups: int
+    dtype: np.dtype
+
+    @property
+    def item_rows(self) -> int:
+        """Rows of an item."""
+        return min(self.v, 64)
+
+    @property
+    def teams(self) -> int:
+        """Number of teams."""
+        return len(self.teams_ptr) - 1
+
+    @property
+    def phases(self) -> int:
+        """Phases of every block."""
+        return int(self.warps.shape[2] - 2)
+
+    @property
+    def steps(self) -> int:
+        """Records of all blocks together."""
+        return len(self.records)
+
+    @property
+    def slots(self) -> int:
+        """Slots of the block that has most."""
+        if not len(self.entries):
+            return 0
+        return int((self.entries & 0xFFFF).max()) + 1
+
+    def window_rows(self, merged: bool) -> int:
+        """Rows of the widest window, rounded up to a multiple of 8: all of a block's (merged) or one phase's."""
+        return int(-(-int(self.windows[int(merged), :, :, 1].max(initial=0)) // 8) * 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays that go to the device."""
+        return sum(a.nbytes for a in (self.records, self.warps, self.windows, self.entry_ptr, self.entries,
+                                      self.teams_ptr, self.rows))  # fmt: skip
+
+
+def place_of_row(row: np.ndarray) -> np.ndarray:
+    """Where row r of a window stands in shared memory: r with its lowest 3 bits XORed with the next 3; its own inverse.
+
+    Both the 8 rows 8i .. 8i+7 and the 8 rows j, 8+j, .., 56+j fall into 8 different places modulo 8.
+    """
+    return (row & ~np.int64(7)) | ((row ^ (row >> 3)) & 7)
+
+
+def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: int) -> SkinnyLayout:
+    """Cut a packed matrix into equal streams for `teams * ranks` blocks of `warps` warps.
+
+    Parameters
+    ----------
+    packed : ShflBWMatrix of float16 or bfloat16
+    teams, ranks, warps : int
+        Thread-block clusters, blocks in each, warps in each of those.
+    window : int
+        Rows of x that a block can hold at once, at most 32704 and at least 128.
+
+    Raises
+    ------
+    DtypeError
+        When the values are not 2 bytes wide.
+    ArgumentError
+        When a count is not positive or the window is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from shflnb.formats import pack
+    >>> packed = pack(np.eye(32, 64, dtype=np.float16), block=(16, 16))
+    >>> layout = to_skinny(packed, teams=2, ranks=1, warps=2, window=1024)
+    >>> layout.steps, layout.slots, layout.windows[0, :, 0, :2].tolist()
+    (2, 1, [[0, 16], [16, 16]])
+    """
+    if packed.values.itemsize != 2:
+        raise DtypeError(f"the values are {packed.dtype}; kernel layouts hold float16 or bfloat16; use "
+                         f"packed.astype('float16')")  # fmt: skip
+    if min(teams, ranks, warps) < 1 or not 128 <= window <= 0x7FC0:
+        raise ArgumentError(f"teams = {teams}, ranks = {ranks}, warps = {warps}, window = {window}; expected positive counts "
+                            "and a window of 128 to 32704 rows")  # fmt: skip
+    parts = max(1, packed.v // 64)
+    cut = _Steps.of(packed, span=window // 2)
+    team_of_item = _share_items(np.repeat(cut.steps_of_group, parts), teams)
+    item_ids = np.argsort(team_of_item, kind="stable")
+    order_of_item = np.empty(len(item_ids), np.int64)
+    order_of_item[item_ids] = np.arange(len(item_ids))
+    work = _Work.of(cut, parts, team_of_item, order_of_item, (teams, ranks, warps), window)
+    warp_table, slots, last = _pieces(work, teams * ranks, warps)
+    entry_ptr, entries = _entries(work, last, slots, ranks, len(item_ids))
+    records = _records(packed, cut, work, last, parts)
+    rows = np.full((len(item_ids), min(packed.v, 64)), NO_ROW, np.uint32)
+    padded = np.full(packed.groups * packed.v, NO_ROW, np.uint32)
+    padded[: packed.shape[0]] = packed.row_perm
+    rows[:] = padded.reshape(-1, min(packed.v, 64))[item_ids]
+    teams_ptr = np.searchsorted(team_of_item[item_ids], np.arange(teams + 1)).astype(np.uint32)
+    return SkinnyLayout(records, warp_table, work.windows, entry_ptr, entries, teams_ptr, item_ids, rows.reshape(-1), ranks,
+                        packed.v, packed.groups, packed.values.dtype)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The 16-column steps of every group: `columns` (steps, 16) are positions in `indices`, -1 for padding."""
+
+    columns: np.ndarray
+    group: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    steps_of_group: np.ndarray
+
+    @classmethod
+    def of(cls, packed: ShflBWMatrix, span: int) -> _Steps:
+        """Consecutive kept columns, 16 a step; groups with steps wider than `span` are cut at its multiples first."""
+        total, counts = len(packed.indices), packed.counts
+        group = np.repeat(np.arange(packed.groups), counts)
+        at = np.arange(total) - packed.indptr[:-1].astype(np.int64)[group]
+        heads = np.flatnonzero(at % 16 == 0)
+        tails = np.append(heads[1:], total)[: len(heads)] - 1
+        too_wide = packed.indices[tails].astype(np.int64) - packed.indices[heads] >= span
+        is_wide = np.zeros(packed.groups, bool)
+        is_wide[group[heads[too_wide]]] = True
+        bins = np.where(is_wide[group], packed.indices // span, 0)
+        starts = np.ones(total, bool)
+        starts[1:] = (group[1:] != group[:-1]) | (bins[1:] != bins[:-1])
+        run_at = np.flatnonzero(starts)
+        run = np.cumsum(starts) - 1
+        run_steps = -(-np.diff(np.append(run_at, total)) // 16)
+        in_run = np.arange(total) - run_at[run] if total else np.zeros(0, np.int64)
+        step = (np.cumsum(run_steps) - run_steps)[run] + in_run // 16 if total else np.zeros(0, np.int64)
+        columns = np.full((int(run_steps.sum()), 16), -1, np.int64)
+        columns[step, in_run % 16] = np.arange(total)
+        last = np.zeros(len(columns), np.int64)
+        np.maximum.at(last, step, packed.indices)
+        step_group = group[columns[:, 0]]
+        return cls(columns, step_group, packed.indices[columns[:, 0]].astype(np.int64), last,
+                   np.bincount(step_group, minlength=packed.groups))  # fmt: skip
+
+
+def _share_items(steps: np.ndarray, teams: int) -> np.ndarray:
+    """Team of each item: longest first, each to the team that has least so far (ties: lowest number)."""
+    team = np.zeros(len(steps), np.int64)
+    heap = [(0, 0, t) for t in range(teams)]  # steps, items, team
+    for item in np.argsort(-steps, kind="stable"):
+        load, items, t = heap[0]
+        team[item] = t
+        heapq.heapreplace(heap, (load + int(steps[item]), items + 1, t))
+    return team
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Every (step, item) pair in its final order: which step, item (in team order), block, warp and phase."""
+
+    step: np.ndarray
+    item: np.ndarray
+    item_id: np.ndarray
+    block: np.ndarray
+    warp: np.ndarray
+    phase: np.ndarray
+    phases: int
+    windows: np.ndarray
+
+    @classmethod
+    def of(cls, cut: _Steps, parts: int, team_of_item: np.ndarray, order_of_item: np.ndarray,
+           counts: tuple[int, int, int], window: int) -> _Work:  # fmt: skip
+        teams, ranks, warps = counts
+        step = np.tile(np.arange(len(cut.group)), parts)
+        item_id = cut.group[step] * parts + np.repeat(np.arange(parts), len(cut.group))
+        team = team_of_item[item_id]
+        order = np.lexsort((item_id, cut.first[step], team))
+        step, item_id, team = step[order], item_id[order], team[order]
+        rank, _ = _equal_parts(team, ranks)
+        block = team * ranks + rank
+        phase, phases, windows = _phases(cut, step, block, teams * ranks, window)
+        order = np.lexsort((cut.first[step], order_of_item[item_id], phase, block))
+        step, item_id, block, phase = step[order], item_id[order], block[order], phase[order]
+        warp, _ = _equal_parts(block * phases + phase, warps)
+        order = np.lexsort((np.arange(len(step)), phase, warp, block))
+        step, item_id, block, phase, warp = step[order], item_id[order], block[order], phase[order], warp[order]
+        return cls(step, order_of_item[item_id], item_id, block, warp, phase, phases, windows)
+
+
+def _equal_parts(key: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """For sorted keys: which of `parts` equal consecutive parts of its key's run each element is in, and the run's start."""
+    _, start, count = np.unique(key, return_index=True, return_counts=True)
+    at = np.arange(len(key)) - np.repeat(start, count)
+    return at * parts // np.maximum(np.repeat(count, count), 1), start
+
+
+def _phases(cut: _Steps, step: np.ndarray, block: np.ndarray, blocks: int, window: int) -> tuple[np.ndarray, int, np.ndarray]:
+    """Phase of each step (sorted by block and column), their number, and the windows both ways."""
+    first, last = cut.first[step], cut.last[step]
+    low = np.full(blocks, np.iinfo(np.int64).max)
+    np.minimum.at(low, block, first)
+    low = np.where(low == np.iinfo(np.int64).max, 0, low // ALIGN * ALIGN)
+    phases = 1
+    while True:
+        phase, _ = _equal_parts(block, phases)
+        cell = block * phases + phase
+        start = np.full(blocks * phases, np.iinfo(np.int64).max)
+        np.minimum.at(start, cell, first)
+        end = np.zeros(blocks * phases, np.int64)
+        np.maximum.at(end, cell, last + 1)
+        is_empty = end == 0
+        base = np.repeat(low, phases)
+        start = np.where(is_empty, base, base + (start - base) // PHASE_ALIGN * PHASE_ALIGN)
+        rows = np.where(is_empty, 0, end - start)
+        if rows.max(initial=0) <= window:
+            break
+        phases += 1
+    windows = np.zeros((2, blocks, phases, 4), np.uint32)
+    windows[0, :, :, 0] = start.reshape(blocks, phases)
+    windows[0, :, :, 1] = rows.reshape(blocks, phases)
+    windows[1, :, :, 0] = low[:, None]
+    windows[1, :, 0, 1] = np.maximum(end.reshape(blocks, phases).max(axis=1) - low, 0)
+    windows[1, :, :, 2] = (start - base).reshape(blocks, phases)
+    return phase, phases, windows
+
+
+def _pieces(work: _Work, blocks: int, warps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The warps' table, the slot of each step's piece, and which steps are the last of theirs."""
+    n = len(work.step)
+    cell = work.block * warps + work.warp
+    begins = np.ones(n, bool)
+    begins[1:] = (cell[1:] != cell[:-1]) | (work.phase[1:] != work.phase[:-1]) | (work.item[1:] != work.item[:-1])
+    last = np.ones(n, bool)
+    last[:-1] = begins[1:]
+    pieces_before = np.searchsorted(work.block[begins], np.arange(blocks))
+    slot = np.cumsum(begins) - 1 - pieces_before[work.block] if n else np.zeros(0, np.int64)
+    table = np.zeros((blocks * warps, 2 + work.phases), np.uint32)
+    record_at = np.searchsorted(cell, np.arange(blocks * warps))
+    table[:, 0] = record_at
+    has = record_at < n
+    table[has, 1] = slot[record_at[has]]
+    table[:, 2:] = np.bincount(cell * work.phases + work.phase, minlength=blocks * warps * work.phases).reshape(-1, work.phases)
+    if slot.max(initial=0) > 0xFFFF:
+        raise ArgumentError("a block has more than 65536 pieces; use more teams or ranks")
+    return table.reshape(blocks, warps, -1), slot, last
+
+
+def _entries(work: _Work, last: np.ndarray, slot: np.ndarray, ranks: int, items: int) -> tuple[np.ndarray, np.ndarray]:
+    """CSR of the pieces by item: rank * 65536 + slot, in the order of ranks and slots."""
+    item, rank, at = work.item[last], work.block[last] % ranks, slot[last]
+    order = np.lexsort((at, rank, item))
+    entry_ptr = np.zeros(items + 1, np.uint32)
+    np.cumsum(np.bincount(item, minlength=items), out=entry_ptr[1:])
+    return entry_ptr, (rank * 65536 + at)[order].astype(np.uint32)
+
+
+def _records(packed: ShflBWMatrix, cut: _Steps, work: _Work, last: np.ndarray, parts: int) -> np.ndarray:
+    """Weights in fragment order and column places of every step."""
+    n, rows = len(work.step), min(packed.v, 64)
+    source = cut.columns[work.step]
+    window = work.windows[0, work.block, work.phase, 0].astype(np.int64) if n else np.zeros(0, np.int64)
+    places = np.full((n, 16), PADDING, np.int64)
+    kept = source >= 0
+    places[kept] = place_of_row(packed.indices[source[kept]].astype(np.int64) - np.repeat(window, kept.sum(axis=1)))
+    piece = np.repeat(np.cumsum(last) - last, 16)
+    order = _spread_banks(piece, places.reshape(-1))
+    source, places = source.reshape(-1)[order].reshape(n, 16), places.reshape(-1)[order].reshape(n, 16)
+    records = np.zeros((n, rows * 16 + 16), np.uint16)
+    bits = packed.values.view(np.uint16).reshape(-1, parts, rows)
+    part = work.item_id % parts
+    for begin in range(0, n, 65536):  # piecewise, so that the work space stays small beside the matrix
+        part_of = slice(begin, min(n, begin + 65536))
+        slab = bits[np.maximum(source[part_of], 0), part[part_of, None]] if len(bits) else np.zeros((0, 16, rows), np.uint16)
+        slab[source[part_of] < 0] = 0
+        # a column of a step is (upper half, t, odd), a row of an item is (strip, upper half, q), slowest first
+        fragments = slab.reshape(-1, 2, 4, 2, rows // 16, 2, 8).transpose(0, 4, 6, 2, 1, 5, 3)
+        records[part_of, : rows * 16] = fragments.reshape(-1, rows * 16)
+    records[:, rows * 16 :] = places | np.where(last, LAST_STEP, 0)[:, None]
+    return records
+
+
+def _spread_banks(piece: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Order of the columns inside each piece so that neighbours differ modulo 8 as long as they can; padding comes last."""
+    bank = np.where(place == PADDING, 8, place & 7)
+    by_bank = np.lexsort((place, bank, piece))
+    _, start, count = np.unique(piece[by_bank] * 16 + bank[by_bank], return_index=True, return_counts=True)
+    turn = np.empty(len(piece), np.int64)
+    turn[by_bank] = np.arange(len(piece)) - np.repeat(start, count)
+    turn[bank == 8] = len(piece)
+    return np.lexsort((bank, turn, piece))
+
+
+def from_skinny(layout: SkinnyLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The canonical `(indices, values, indptr)` of a layout made by `to_skinny`."""
+    rows, parts, phases = layout.item_rows, max(1, layout.v // 64), layout.phases
+    blocks, warps, _ = layout.warps.shape
+    counts = layout.warps[:, :, 2:].reshape(-1).astype(np.int64)
+    cell = np.repeat(np.arange(len(counts)), counts)
+    block = cell // (warps * phases)
+    last = (layout.records[:, rows * 16] & LAST_STEP) != 0
+    piece = np.cumsum(last) - last
+    first_piece = np.searchsorted(block[last], np.arange(blocks))
+    slot = piece - first_piece[block]
+    team = block // layout.ranks
+    item_of = np.full((layout.teams, layout.ranks, max(1, layout.slots)), -1, np.int64)
+    owner = np.repeat(np.arange(len(layout.item_ids)), np.diff(layout.entry_ptr.astype(np.int64)))
+    team_of = np.searchsorted(layout.teams_ptr, owner, side="right") - 1
+    item_of[team_of, layout.entries >> 16, layout.entries & 0xFFFF] = owner
+    item = layout.item_ids[item_of[team, block % layout.ranks, slot]] if len(block) else np.zeros(0, np.int64)
+    places = (layout.records[:, rows * 16 :] & PADDING).astype(np.int64)
+    column = place_of_row(places) + layout.windows[0, block, cell % phases, 0].astype(np.int64)[:, None]
+    slabs = layout.records[:, : rows * 16].reshape(-1, rows // 16, 8, 4, 2, 2, 2)
+    slabs = slabs.transpose(0, 4, 3, 6, 1, 5, 2).reshape(-1, 16, rows)
+    kept = places != PADDING
+    group = np.repeat(item // parts, kept.sum(axis=1))
+    part = np.repeat(item % parts, kept.sum(axis=1))
+    order = np.lexsort((column[kept], group, part))
+    total = len(order) // parts
+    values = np.concatenate(np.split(slabs[kept][order], parts), axis=1) if parts > 1 else slabs[kept][order]
+    indptr = np.zeros(layout.groups + 1, np.int64)
+    np.cumsum(np.bincount(group[order][:total], minlength=layout.groups), out=indptr[1:])
+    indices = column[kept][order][:total].astype(np.int32)
+    return indices, np.ascontiguousarray(values).view(layout.dtype).reshape(-1, layout.v), indptr
