@@ -13,12 +13,12 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "shflnb/_version.py").re
 
 BASE = [
     # numba-cuda 0.30.4 (extras cu12, cu13) calls np.row_stack, which NumPy 2.5 removed.
-    "numpy>=1.26,<2.5",
-    "scipy>=1.11",
+    "numpy>=2.0,<2.5",
+    "scipy>=1.13",
     "numba>=0.61",
     "ml_dtypes>=0.4",
     "safetensors>=0.4.3",
-    "typer>=0.12",
+    "typer>=0.16",
     "rich>=13",
     "platformdirs>=4",
     "filelock>=3.12",
@@ -52,8 +52,8 @@ CU13 = [
     "nvidia-cuda-nvdisasm>=13.2,<14",
 ]
 TORCH = ["torch>=2.6"]
-PLOTS = ["matplotlib>=3.8"]
-DEMO = ["scikit-learn>=1.4"]
+PLOTS = ["matplotlib>=3.9"]
+DEMO = ["scikit-learn>=1.5"]
 EXTRAS = {
     "torch": TORCH,
     "cu12": [requirement + NOT_MACOS for requirement in CU12],

@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from cases import SPARSITIES, Case, Shape, V, all_shapes, bar_of, table_cases
 from matrices import dense_of, random_packed, random_tensor
-from protocol import Timing, check, device_clock, feed, measure, rotations
+from protocol import Timing, check, device_clock, eager_us, feed, measure, rotations
 from records import RESULTS, Budget, Results, machine, prebuild, results_name, write_machine
 
 import shflnb
 from shflnb.formats import ShflBWMatrix
 
 FIELDS = (
-    "gpu", "date", "name", "m", "k", "n", "sparsity", "v", "dtype", "op", "groups", "kernel", "inputs", "what", "config",
-    "median_us", "p10_us", "p90_us", "samples", "launches", "method", "sm_mhz", "dense_us", "dense_what", "dense_tflops",
-    "speedup", "tflops", "roof_us", "roof_by", "percent_of_roof", "gbps", "error", "note",
+    "gpu", "date", "name", "m", "k", "n", "sparsity", "v", "dtype", "op", "groups", "kernel", "inputs", "what",
+    "config", "median_us", "p10_us", "p90_us", "samples", "launches", "method", "sm_mhz", "eager_us", "dense_us",
+    "dense_what", "dense_tflops", "speedup", "tflops", "roof_us", "roof_by", "percent_of_roof", "gbps", "error", "note",
 )  # fmt: skip
 SPREAD = 0.25
 CPU_CASES = [Case(Shape("small", 256, 256, n), 0.75, v, "float32") for n, v in ((64, 32), (64, 64), (1, 64))]
@@ -60,6 +60,13 @@ class Weights:
     def __init__(self, device: str) -> None:
         self.device = device
         self._packed: dict[tuple[Any, ...], ShflBWMatrix] = {}
+        self._dense: dict[int, torch.Tensor] = {}
+
+    def dense(self, packed: ShflBWMatrix) -> torch.Tensor:
+        """The dense equal of one of the matrices, on the device."""
+        if id(packed) not in self._dense:
+            self._dense[id(packed)] = dense_of(packed, self.device)
+        return self._dense[id(packed)]
 
     def packed(self, case: Case) -> ShflBWMatrix:
         """The matrix of a case."""
@@ -129,7 +136,7 @@ def time_group(cases: Sequence[Case], weights: Weights, results: Results, common
     wrong = 0
     for case in cases:
         packed = weights.packed(case)
-        reference = dense_of(packed, device).float() @ x32
+        reference = weights.dense(packed).float() @ x32
         reference = reference.t() if case.op == "linear" else reference
         if case.kernel == "sm80":
             calls = {f"{case}: {n}": c for n, c in sm80_calls(case, packed, xs[0], outs[0]).items()}
@@ -149,10 +156,15 @@ def time_group(cases: Sequence[Case], weights: Weights, results: Results, common
                        "inputs": first.inputs}  # fmt: skip
     for name in (n for n in timings if n.startswith("dense ")):
         tflops = shape.flops / timings[name].median_us / 1e6
-        results.add(common | timings[name].row() | {"what": name, "tflops": f"{tflops:.4g}", "sparsity": 0})
+        eager = eager_us(subjects[name][0], device, device_us=timings[name].median_us)
+        results.add(common | timings[name].row() | {"what": name, "tflops": f"{tflops:.4g}", "sparsity": 0,
+                                                    "eager_us": f"{eager:.4g}"})  # fmt: skip
     parts = []
     for case, name, packed, error in checked:
         row = common | sparse_row(case, name, packed, error, timings.get(name), timings[best], best, device)
+        if name in timings:
+            call = subjects[name][0] if isinstance(subjects[name], list) else subjects[name]
+            row["eager_us"] = f"{eager_us(call, device, device_us=timings[name].median_us):.4g}"
         results.add(row)
         parts.append(f"v{case.v} {100 * case.sparsity:g}%{_tag(case)} {row.get('speedup', 'WRONG')}x")
     dense_tflops = shape.flops / timings[best].median_us / 1e6
@@ -302,13 +314,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level.add_argument("--quick", action="store_true", help="only the cases that have a bar (default)")
     level.add_argument("--full", action="store_true", help="all of shapes.json as well")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the JSON")
+    parser.add_argument("--out", type=Path, help="folder of the CSV and the JSON; needed with --device cpu, which only "
+                        "tries the script out (bench_cpu.py measures CPUs)")  # fmt: skip
     parser.add_argument("--budget-s", type=float, default=None, help="begin nothing after so many seconds")
     given = parser.parse_args(arguments)
+    if given.out is None and given.device == "cpu":
+        parser.error("--device cpu needs --out")
+    given.out = given.out or RESULTS
     chosen = "full" if given.full else "quick"
-    code = run(chosen, given.device, given.out, given.budget_s or {"quick": 85.0, "full": 300.0}[chosen])
-    judge(given.out / f"{results_name(given.device)}.spmm.csv")
-    return code
+    try:
+        return run(chosen, given.device, given.out, given.budget_s or {"quick": 85.0, "full": 300.0}[chosen])
+    finally:  # whatever was measured before a failure is worth its verdict
+        judge(given.out / f"{results_name(given.device)}.spmm.csv")
 
 
 # -- pytest-benchmark -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What is measured: the layer shapes of `shapes.json`, and the bars that the project set itself.
 
-`shapes.json` is the project's shape set: the benchmark scripts of the Shfl-BW authors (Transformer-big, GNMT, ResNet-50),
-BERT-large, and the layers of Llama-3-8B.
+`shapes.json` is the project's shape set: the benchmark scripts of the Shfl-BW authors (Transformer-big, GNMT,
+ResNet-50), BERT-large, and the layers of Llama-3-8B.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ PEER_SHAPES: list[Shape] = [SQUARE_4096, SQUARE_8192, WIDE_2048, *_family("bert-
 
 
 def bar_of(shape_name: str, n: int, sparsity: float, op: str, v: int) -> tuple[float, float | None] | None:
-    """The bar of a case on plain fp16 (must, aim), or None. The big layers are judged at n = 4096, families at n >= 960."""
+    """The bar (must, aim) of a plain fp16 case, or None. Layers of llm are judged at n = 4096, others at n >= 960."""
     if shape_name.startswith("llm/") and n != 4096:
         return None
     for name in (shape_name, shape_name.split("/")[0]):
@@ -101,7 +101,7 @@ def bar_of(shape_name: str, n: int, sparsity: float, op: str, v: int) -> tuple[f
 
 
 def table_cases() -> list[Case]:
-    """The cases that have a bar, and what is compared with them: bfloat16, unequal groups, sm80, linear, cold inputs."""
+    """The cases that have a bar, and what is compared with them: bfloat16, unequal groups, sm80, cold inputs."""
     named = {s.name: [s] for s in (SQUARE_4096, SQUARE_8192, WIDE_2048, GATE_UP, DOWN)}
     named |= {prefix: _family(prefix) for prefix in ("transformer-big", "bert-large")}
     cases = [

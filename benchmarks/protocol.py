@@ -4,7 +4,8 @@
     2. Device times are replays of a CUDA graph of several launches between two events. An untimed replay of the same
        graph runs right before the timed one, so that neither the host nor what ran before is in the figure.
        What cannot be captured is launched behind a kernel that sleeps until the host is done ("events").
-    3. All subjects of a comparison are timed in turns, round by round, so that clocks and temperature meet all of them.
+    3. All subjects of a comparison are timed in turns, round by round, so that clocks and temperature meet all of them
+       (on the CPU one after the other: see `_measure_host`).
     4. Median, 10th and 90th percentile over the rounds. `inputs` says "warm" (one set of operands, replayed) or
        "rotated" (as many sets in turn as exceed the L2 cache twice).
     5. Every row goes to the CSV as soon as it is known, with the error of its check and the clock it ran at.
@@ -40,6 +41,7 @@ __all__ = [
 ROUNDS = 15
 SAMPLE_US = 600.0
 """Device time of one sample: enough launches that the resolution of the events (0.5 us) stays below 0.1 %."""
+HOST_PAUSE_S = 0.08
 ERROR_LIMIT = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-12}
 """Largest ||out - reference|| / ||reference||: the rounding of the result, doubled and more."""
 
@@ -205,26 +207,35 @@ def measure(
     """
     runners: dict[str, _Runner] = {}
     uncaptured = set(no_graph)
+    if not device.startswith("cuda"):
+        return {name: _measure_host(_as_list(given), rounds, sample_us) for name, given in subjects.items()}
     for name, given in subjects.items():
-        calls = [given] if callable(given) else list(given)
-        runners[name] = _runner(calls, device, sample_us, name not in uncaptured)
-    is_cuda = device.startswith("cuda")
+        runners[name] = _runner(_as_list(given), device, sample_us, name not in uncaptured)
     deadline = time.perf_counter() + warm_s
     while time.perf_counter() < deadline:
         for runner in runners.values():
             runner.sample()
-        if is_cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in runners}
     clock = None
     for _ in range(rounds):
         pending = {name: runner.sample() for name, runner in runners.items()}
-        if is_cuda:
-            clock = sm_clock_mhz() if clock is None else clock
-            torch.cuda.synchronize()
+        clock = sm_clock_mhz() if clock is None else clock  # read while the device is busy
+        torch.cuda.synchronize()
         for name, read in pending.items():
             samples[name].append(read())
     return {n: summarise(samples[n], r.launches, r.method, clock) for n, r in runners.items()}
+
+
+def _measure_host(calls: Sequence[Call], rounds: int, sample_us: float) -> Timing:
+    """One subject after the other: threads of OpenMP and BLAS spin after a call and would take a core from the next."""
+    time.sleep(HOST_PAUSE_S)
+    runner = _Host(calls, sample_us)
+    return summarise([runner.sample()() for _ in range(rounds)], runner.launches, runner.method)
+
+
+def _as_list(given: Call | Sequence[Call]) -> list[Call]:
+    return [given] if callable(given) else list(given)
 
 
 def _runner(calls: Sequence[Call], device: str, sample_us: float, capture: bool) -> _Runner:
@@ -263,9 +274,10 @@ def _estimate_us(calls: Sequence[Call]) -> float:
     return begin.elapsed_time(end) * 1e3 / 3
 
 
-def eager_us(call: Call, device: str = "cuda", *, calls: int = 20, batches: int = 3) -> float:
-    """Microseconds of a call in a plain loop: the host's cost or the device's, whichever is longer."""
+def eager_us(call: Call, device: str = "cuda", *, device_us: float = 0.0, batches: int = 3) -> float:
+    """Microseconds of a call in a plain loop: the host's cost or the device's (`device_us`), whichever is longer."""
     is_cuda = device.startswith("cuda")
+    calls = int(min(20.0, max(3.0, 5e3 / max(device_us, 1.0))))
     found = []
     for _ in range(batches):
         if is_cuda:
@@ -291,7 +303,7 @@ def sm_clock_mhz() -> float | None:
     """Clock of the GPU's multiprocessors now, or None where NVML is not installed."""
     try:
         return float(torch.cuda.clock_rate())
-    except (ImportError, RuntimeError, AttributeError):
+    except Exception:  # noqa: BLE001 (NVML's own errors, or no NVML: the figure is then missing, nothing else)
         return None
 
 
@@ -314,8 +326,7 @@ def feed(
     benchmark: Any, call: Call | Sequence[Call], device: str, *, rounds: int = ROUNDS, capture: bool = True
 ) -> None:
     """Give pytest-benchmark `rounds` samples of device time for a checked call; needs `timer=device_clock`."""
-    calls = [call] if callable(call) else list(call)
-    runner = _runner(calls, device, SAMPLE_US, capture)
+    runner = _runner(_as_list(call), device, SAMPLE_US, capture)
 
     def one_sample() -> None:
         read = runner.sample()

@@ -95,3 +95,21 @@ def trained(seed: int = 0) -> dict[str, np.ndarray]:
     text = text_transformer(seed=seed)
     text.pop("loss")
     return {**digits_mlp(seed=seed), **text}
+
+
+def planted(m: int, k: int, v: int, density: float = 0.25, noise: float = 0.0, seed: int = 0) -> np.ndarray:
+    """A Shfl-BW pattern of unit Gaussian weights plus Gaussian noise everywhere, rows shuffled.
+
+    Groups keep `round(density * k)` columns each; `noise` is the standard deviation of what is added.
+    """
+    rng = np.random.default_rng(seed)
+    w = np.zeros((m, k), dtype=np.float32)
+    for start in range(0, m, v):
+        columns = rng.choice(k, size=round(density * k), replace=False)
+        w[start : start + v, columns] = rng.standard_normal((min(v, m - start), len(columns)))
+    return (w + noise * rng.standard_normal((m, k)))[rng.permutation(m)].astype(np.float32)
+
+
+def gaussian(m: int, k: int, seed: int = 0) -> np.ndarray:
+    """Independent Gaussian weights: no structure but that of chance, the worst case for any search."""
+    return np.random.default_rng(seed).standard_normal((m, k), dtype=np.float32)

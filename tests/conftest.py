@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 
+import hypothesis
 import pytest
 
 from shflnb.machine import CudaDriver, find_cuda
+
+# No timing in tests: a slow or busy machine must not fail one.
+hypothesis.settings.register_profile("shflnb", deadline=None)
+hypothesis.settings.load_profile("shflnb")
 
 
 def missing_gpu(found: CudaDriver, min_capability: tuple[int, int]) -> str | None:

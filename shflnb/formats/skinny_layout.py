@@ -43,8 +43,8 @@ class SkinnyLayout:
     ----------
     records : uint16 array, shape (steps, item_rows * 16 + 16)
         Weights (bits of the dtype) and column places, in the order block, warp, phase, item, column.
-    warps : uint32 array, shape (teams * ranks, warps, 2 + phases)
-        First record, first slot, and the number of steps in each phase, for each warp of each block.
+    warps : uint32 array, shape (teams * ranks, warps, 3 + phases rounded up to a multiple of 4)
+        First record, first slot, steps, and the steps of each phase, for each warp of each block.
     windows : uint32 array, shape (2, teams * ranks, phases, 4)
         First column of x, rows to load, and what to add to a column place, of each phase; [0] loads phase by phase,
         [1] all of a block's window at phase 0.
@@ -69,6 +69,7 @@ class SkinnyLayout:
     item_ids: np.ndarray
     rows: np.ndarray
     ranks: int
+    phases: int
     v: int
     groups: int
     dtype: np.dtype
@@ -82,11 +83,6 @@ class SkinnyLayout:
     def teams(self) -> int:
         """Number of teams."""
         return len(self.teams_ptr) - 1
-
-    @property
-    def phases(self) -> int:
-        """Phases of every block."""
-        return int(self.warps.shape[2] - 2)
 
     @property
     def steps(self) -> int:
@@ -168,7 +164,7 @@ def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: 
     rows[:] = padded.reshape(-1, min(packed.v, 64))[item_ids]
     teams_ptr = np.searchsorted(team_of_item[item_ids], np.arange(teams + 1)).astype(np.uint32)
     return SkinnyLayout(records, warp_table, work.windows, entry_ptr, entries, teams_ptr, item_ids, rows.reshape(-1), ranks,
-                        packed.v, packed.groups, packed.values.dtype)  # fmt: skip
+                        work.phases, packed.v, packed.groups, packed.values.dtype)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -300,12 +296,14 @@ def _pieces(work: _Work, blocks: int, warps: int) -> tuple[np.ndarray, np.ndarra
     last[:-1] = begins[1:]
     pieces_before = np.searchsorted(work.block[begins], np.arange(blocks))
     slot = np.cumsum(begins) - 1 - pieces_before[work.block] if n else np.zeros(0, np.int64)
-    table = np.zeros((blocks * warps, 2 + work.phases), np.uint32)
+    table = np.zeros((blocks * warps, -(-(3 + work.phases) // 4) * 4), np.uint32)
     record_at = np.searchsorted(cell, np.arange(blocks * warps))
     table[:, 0] = record_at
     has = record_at < n
     table[has, 1] = slot[record_at[has]]
-    table[:, 2:] = np.bincount(cell * work.phases + work.phase, minlength=blocks * warps * work.phases).reshape(-1, work.phases)
+    steps = np.bincount(cell * work.phases + work.phase, minlength=blocks * warps * work.phases).reshape(-1, work.phases)
+    table[:, 2] = steps.sum(axis=1)
+    table[:, 3 : 3 + work.phases] = steps
     if slot.max(initial=0) > 0xFFFF:
         raise ArgumentError("a block has more than 65536 pieces; use more teams or ranks")
     return table.reshape(blocks, warps, -1), slot, last
@@ -360,7 +358,7 @@ def from_skinny(layout: SkinnyLayout) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """The canonical `(indices, values, indptr)` of a layout made by `to_skinny`."""
     rows, parts, phases = layout.item_rows, max(1, layout.v // 64), layout.phases
     blocks, warps, _ = layout.warps.shape
-    counts = layout.warps[:, :, 2:].reshape(-1).astype(np.int64)
+    counts = layout.warps[:, :, 3 : 3 + phases].reshape(-1).astype(np.int64)
     cell = np.repeat(np.arange(len(counts)), counts)
     block = cell // (warps * phases)
     last = (layout.records[:, rows * 16] & LAST_STEP) != 0

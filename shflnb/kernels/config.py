@@ -78,6 +78,8 @@ class Config:
     blocks_per_sm: int = 1
     producers: int = 1
     """sm90: warpgroups that stitch (1 or 2)."""
+    team: int = 4
+    """sm90: producer warps that fill a stage together; with fewer than all of them, teams fill stages in turns."""
 
     def __post_init__(self) -> None:
         if self.kernel not in ("sm80", "sm90"):
@@ -93,8 +95,13 @@ class Config:
         getattr(self, f"_check_{self.kernel}")()
 
     def _check_sm90(self) -> None:
-        if self.producers not in (1, 2):
-            raise ArgumentError(f"sm90: producers = {self.producers}; expected 1 or 2 warpgroups")
+        if self.producers not in (1, 2) or self.team not in (1, 2, 4, 8) or self.teams < 1 or self.teams > self.stages:
+            raise ArgumentError(f"sm90: producers = {self.producers}, team = {self.team}; expected 1 or 2 warpgroups, in teams of "
+                                "1, 2, 4 or 8 warps, no more teams than stages")  # fmt: skip
+        if self.copies_per_stage > 32:
+            raise ArgumentError(f"sm90: {self.copies_per_stage} copies a thread; expected at most 32 (a larger team)")
+        if self.tile_n == 512 and self.team < 2:
+            raise ArgumentError("sm90: a stitched row of 512 tokens takes two warps: team >= 2")
         if self.tile_n not in (64, 128, 256, 512) or self.tile_k == 16:
             raise ArgumentError(f"sm90: tile_n = {self.tile_n}, tile_k = {self.tile_k}; expected 64..512 and 32 or 64")
         if self.copies_per_stage % 4 or self.copies_per_stage == 0:
@@ -163,12 +170,17 @@ class Config:
     @property
     def copies_per_stage(self) -> int:
         """sm90: 16-byte copies each producer thread issues for a stage."""
-        return self.x_stage_bytes // 16 // (128 * self.producers)
+        return self.x_stage_bytes // 16 // (32 * self.team)
+
+    @property
+    def teams(self) -> int:
+        """sm90: teams of producer warps."""
+        return 4 * self.producers // self.team
 
     @property
     def producer_rows(self) -> int:
         """sm90: stitched rows that one producer warp copies in a stage."""
-        return self.tile_k * max(1, self.tile_n // 256) // (4 * self.producers)
+        return self.tile_k * max(1, self.tile_n // 256) // self.team
 
     @property
     def ids_bytes(self) -> int:
@@ -212,7 +224,7 @@ class Config:
         """The kernel's name, as a profiler shows it."""
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
         return (f"shflbw_{self.kernel}_{kind}_v{self.v}_n{self.tile_n}_k{self.tile_k}_s{self.stages}"
-                f"_p{self.producers}_b{self.blocks_per_sm}_{self.epilogue}")  # fmt: skip
+                f"_p{self.producers}t{self.team}_b{self.blocks_per_sm}_{self.epilogue}")  # fmt: skip
 
     def with_epilogue(self, epilogue: str) -> Config:
         """The same tiling with another epilogue."""

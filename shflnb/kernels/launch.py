@@ -56,11 +56,25 @@ class LoadedKernel:
     local_bytes: int
     from_cache: bool
 
-    def config(self, grid: int | tuple[int, ...]) -> Any:
-        """A launch configuration for this many blocks; keep it, it costs as much as the launch."""
+    def config(
+        self, grid: int | tuple[int, ...], *, cluster: int = 1, smem_bytes: int | None = None, is_chained: bool = False
+    ) -> Any:
+        """A launch configuration for this many blocks; keep it, it costs as much as the launch.
+
+        With `cluster` above 1 the grid counts clusters of that many blocks; `is_chained` starts the kernel before the one
+        ahead of it in the stream is done (programmatic launch), which the kernel must then wait for by itself.
+        """
         from cuda.core import LaunchConfig
 
-        return LaunchConfig(grid=grid, block=self.spec.threads, shmem_size=self.spec.smem_bytes)
+        extra: dict[str, Any] = {"cluster": cluster} if cluster > 1 else {}
+        if is_chained:
+            extra["programmatic_stream_serialization"] = True
+        size = self.spec.smem_bytes if smem_bytes is None else smem_bytes
+        return LaunchConfig(grid=grid, block=self.spec.threads, shmem_size=size, **extra)
+
+    def max_clusters(self, cluster: int) -> int:
+        """Clusters of this many blocks that the device holds at once, with the spec's shared memory."""
+        return int(self.kernel.occupancy.max_active_clusters(self.config(1, cluster=cluster)))
 
 
 class DeviceMemory:

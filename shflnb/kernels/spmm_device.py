@@ -206,7 +206,14 @@ def _overlap(a: tuple[int, int, int, int, int], b: tuple[int, int, int, int, int
     if 0 in (a[1], a[2], b[1], b[2]):
         return False
     (a0, a1), (b0, b1) = span(a), span(b)
-    return a0 < b1 and b0 < a1
+    if a0 >= b1 or b0 >= a1:
+        return False
+    pitch = 2 * a[3]
+    if a[3] == b[3] and a[4] == b[4] == 1 and a[2] + b[2] <= a[3] and (a[0] - b[0]) % 2 == 0:
+        # windows of rows of one matrix: they share memory only where their columns meet
+        between = (b[0] - a[0]) % pitch
+        return between < 2 * a[2] or pitch - between < 2 * b[2]
+    return True
 
 
 class _Call:
@@ -294,7 +301,7 @@ def device_matmul(
     """
     is_torch = kind_of(x) == "torch-cuda"
     quick = is_torch and residual is None and out is None and config is None
-    if quick and not x.requires_grad:
+    if quick and not _needs_gradient(x, bias):
         done = quick_matmul(packed, x, bias, activation)
         if done is not None:
             return done
@@ -320,7 +327,7 @@ def device_matmul(
         out_rows = _rows(device_view(out, what="out"))
     else:
         result = out
-        checked = _checked(out, "out", packed, view, out_shape)
+        checked = _checked_out(out, packed, view, out_shape)
         if _overlap(checked, rows) or (res_rows is not None and _overlap(checked, res_rows) and checked != res_rows):
             raise ArgumentError("out overlaps x or residual in memory; pass an array of its own")
         out_rows = checked
@@ -328,12 +335,18 @@ def device_matmul(
         return result
     call = _Call(packed, x, view)
     keep_x, ldx = _run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
-    if quick and keep_x is None and not x.requires_grad:
+    if quick and keep_x is None:
         plan = call.plan(n, activation, bias_at, (0, 0), None)
         flags = bias_at[1] | (ALIGNED if n % 8 == 0 else 0)  # torch's own allocations start at 512-byte boundaries
         memo = MatmulMemo(call.context, plan.kernel, plan.launch_config, plan.head, n, ldx, out_shape, flags)
         packed.launch_cache[memo_key("matmul", x, bias, activation)] = memo
     return result
+
+
+def _needs_gradient(x: Any, bias: Any) -> bool:
+    """Whether torch would record a gradient for x or bias now."""
+    wanted = x.requires_grad or (bias is not None and getattr(bias, "requires_grad", False))
+    return wanted and sys.modules["torch"].is_grad_enabled()
 
 
 def _refuse_gradient(**tensors: Any) -> None:
@@ -354,6 +367,14 @@ def _checked(a: Any, what: str, packed: ShflBWMatrix, x: DeviceView, shape: tupl
     if view.shape != shape:
         raise ShapeError(f"{what} has shape {view.shape}; expected {shape}")
     return _rows(view)
+
+
+def _checked_out(out: Any, packed: ShflBWMatrix, x: DeviceView, shape: tuple[int, ...]) -> Any:
+    """As `_checked`, for memory that is written: its values must not share places."""
+    rows = _checked(out, "out", packed, x, shape)
+    if rows is not None and ((rows[1] > 1 and rows[3] == 0) or (rows[2] > 1 and rows[4] == 0)):
+        raise ArgumentError(f"out is a broadcast array (strides {rows[3:]}): its elements share memory; pass a copy")
+    return rows
 
 
 def _run(call: _Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res_rows: Any, activation: str | None,
@@ -403,7 +424,7 @@ def device_linear(
     if layout not in ("token", "feature"):
         raise ArgumentError(f"layout is {layout!r}; expected 'token' or 'feature'")
     quick = kind_of(x) == "torch-cuda" and residual is None and out is None and config is None and layout == "token"
-    if quick and not x.requires_grad:
+    if quick and not _needs_gradient(x, bias):
         done = quick_linear(packed, x, bias, activation)
         if done is not None:
             return done
@@ -429,7 +450,7 @@ def device_linear(
             raise ShapeError(f"out has shape {tuple(out.shape)}; expected {(*lead, m)}")
         if device_view(out_flat, what="out").address != device_view(out, what="out").address:
             raise ArgumentError("out cannot be flattened to (tokens, m) without a copy; pass a contiguous array")
-    out_at = _checked(out_flat, "out", packed, view, (n, m))
+    out_at = _checked_out(out_flat, packed, view, (n, m))
     if out_at is not None and (_overlap(out_at, _rows(view)) or (res is not None and out_at != res and _overlap(out_at, res))):
         raise ArgumentError("out overlaps x or residual in memory; pass an array of its own")
     call = _Call(packed, flat, view)
@@ -442,7 +463,7 @@ def device_linear(
         out_at = _rows(device_view(out_flat, what="out"))
     if m and n:
         _run_linear(call, view, n, out_at, bias_at, res, activation, config)
-        if quick and not x.requires_grad and x.is_contiguous() and min(m, n, k) > 1:
+        if quick and x.is_contiguous() and min(m, n, k) > 1:
             packed.launch_cache[memo_key("linear", x, bias, activation)] = _linear_memo(call, n, (*lead, m), bias_at, activation)
     if out is not None:
         return out

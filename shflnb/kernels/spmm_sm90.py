@@ -69,8 +69,8 @@ ATOM_BYTES = 128  # one row of a 64-token swizzle atom
 STAGING_PITCH = 144  # bytes: 64 columns and a chunk more, so that 8 rows fall into different banks
 PRODUCER_REGISTERS = {1: 72, 2: 40}  # a thread, by producer warpgroups; with the consumers' at most 512 over the warpgroups
 CONSUMER_REGISTERS = {1: 216, 2: 208}
-ID_SLOTS = 8  # stages of column ids that a producer warp keeps in shared memory
-IDS_AHEAD = 6  # stages between the fetch of ids and their use; the slots must outnumber it by two
+ID_SLOTS = 8  # stages of column ids that a producer warp keeps in shared memory, a power of two
+IDS_AHEAD = 6  # of its stages between the fetch of ids and their use; the slots must outnumber it by two
 SWIZZLE_128B = 1 << 62  # bits 62..63 of a wgmma descriptor
 
 
@@ -81,18 +81,21 @@ def make_producer(config: Config) -> Callable[..., Any]:
     chunks = tile_n // 8  # 16-byte chunks of a stitched row
     parts = max(1, chunks // 32)  # warps that share a row
     subs = max(1, 32 // chunks)  # rows that one warp instruction covers
+    team, teams = config.team, config.teams
     rows_per_warp = config.producer_rows
-    copies = config.copies_per_stage  # rows, and so ids, of a thread
-    quads = copies // 4
+    # copies, and ids in registers, at a time; with 32 copies, two times 16 ids no longer fit the producers' registers
+    batch = 8 if config.copies_per_stage == 32 else min(16, config.copies_per_stage)
+    batches = config.copies_per_stage // batch
+    thread_rows = config.copies_per_stage
+    quads = batch // 4
     lanes_per_row = min(32, chunks)
     id_lanes = rows_per_warp // 4  # lanes that fetch a stage's ids, 16 bytes each
+    slot_bytes, ring_bytes = rows_per_warp * 4, ID_SLOTS * rows_per_warp * 4
     give_registers = setmaxnreg_dec[PRODUCER_REGISTERS[config.producers]]
     wait_ids = cp_async_wait[IDS_AHEAD - 2]
 
     @cuda.jit(device=True, forceinline=True)
     def load_ids(ids, address):
-        wait_ids()
-        warp_sync()
         for q in range(quads):
             four = ld_shared_v4(u32(address + u32(q * 16)))
             ids[4 * q] = four[0]
@@ -100,39 +103,68 @@ def make_producer(config: Config) -> Callable[..., Any]:
             ids[4 * q + 2] = four[2]
             ids[4 * q + 3] = four[3]
 
+    def make_copy_batch(b):
+        """Device function that starts the copies of batch b of a stage."""
+
+        @cuda.jit(device=True, forceinline=True)
+        def copy_batch(to, ids, row_bytes, x_at, cut, room):
+            if cut:
+                for j in range(batch):
+                    size = room if i32(ids[j]) >= i32(0) else u32(0)
+                    cp_async_16(u32((to ^ u32((j & 7) << 4)) + u32((b * batch + j) * ATOM_BYTES)),
+                                mad_wide_u32(ids[j] & u32(0x7FFFFFFF), row_bytes, x_at), size)  # fmt: skip
+            else:
+                for j in range(batch):
+                    cp_async_16_unless_negative(u32((to ^ u32((j & 7) << 4)) + u32((b * batch + j) * ATOM_BYTES)),
+                                                mad_wide_u32(ids[j], row_bytes, x_at), ids[j])  # fmt: skip
+
+        return copy_batch
+
+    copy0, copy1, copy2, copy3 = (make_copy_batch(min(b, batches - 1)) for b in range(4))
+
     def produce(base, full, empty, ids_ring, tid, values, columns, queue, x, n, ldx):
         give_registers()
         lane = u32(tid & u32(31))
         warp = u32(tid >> u32(5))
-        column_chunk = u32((warp % u32(parts)) * u32(32) + lane % u32(lanes_per_row))
-        warp_row = u32((warp // u32(parts)) * u32(rows_per_warp))
+        member = u32(warp % u32(team))
+        own_team = u32(warp // u32(team))
+        column_chunk = u32((member % u32(parts)) * u32(32) + lane % u32(lanes_per_row))
+        warp_row = u32((member // u32(parts)) * u32(rows_per_warp))
         first_row = warp_row
-        ids_ring = u32(ids_ring + warp * u32(ID_SLOTS * rows_per_warp * 4))
+        ids_ring = u32(ids_ring + warp * u32(ring_bytes))
         own_ids = ids_ring
         if subs > 1:
-            first_row = u32(first_row + (lane // u32(lanes_per_row)) * u32(copies))
-            own_ids = u32(own_ids + (lane // u32(lanes_per_row)) * u32(copies * 4))
+            first_row = u32(first_row + (lane // u32(lanes_per_row)) * u32(thread_rows))
+            own_ids = u32(own_ids + (lane // u32(lanes_per_row)) * u32(thread_rows * 4))
         # place of the first row's chunk; the swizzle of row j is an exclusive or of bits 4..6
         target = u32((column_chunk // u32(8)) * u32(tile_k * ATOM_BYTES) + first_row * u32(ATOM_BYTES)
                      + (((column_chunk & u32(7)) ^ (first_row & u32(7))) << u32(4)))  # fmt: skip
         row_bytes = u32(ldx * u64(2))
-        ids = cuda.local.array(copies, u32)
-        next_ids = cuda.local.array(copies, u32)
-        stage, phase = u32(0), u32(1)
-        # two walks over the same stages: the ids' is IDS_AHEAD stages ahead of the copies', so that no copy waits for its id
-        entry = ld_global_nc_v4(queue)
+        ids = cuda.local.array(batch, u32)
+        next_ids = cuda.local.array(batch, u32)
+        stage, phase = own_team, u32(1)
+        # two walks over this team's stages (every teams-th): the ids' is IDS_AHEAD of them ahead of the copies', so that no
+        # copy waits for its id. `step` is the k tile inside the queue's current record, `count` how many it has.
         turn_bytes = u64(cuda.gridDim.x) * u64(16)
+        entry = ld_global_nc_v4(queue)
         ahead_entry, ahead_queue = entry, queue
-        left, ahead_left, ahead_slot, slot, lead = u32(0), u32(0), u32(0), u32(0), u32(0)
-        ids_at = columns
-        x_at, w_at, cut, room = x, values, False, u32(0)
+        count, ahead_count = u32(0), u32(0)
+        step, ahead_step = own_team, own_team
+        ahead_slot, slot, lead = u32(0), u32(0), u32(0)
+        ids_at, x_at, w_at, cut, room = columns, x, values, False, u32(0)
         while True:
             if lead == u32(IDS_AHEAD):
-                if left == u32(0):
-                    left = entry[2]
-                    if left == u32(0):
+                if step >= count:
+                    step = u32(step - count)
+                    count = entry[2]
+                    while step >= count and count > u32(0):
+                        step = u32(step - count)
+                        queue += turn_bytes
+                        entry = ld_global_nc_v4(queue)
+                        count = entry[2]
+                    if count == u32(0):
                         break
-                    w_at = values + u64(entry[1]) * u64(w_bytes)
+                    w_at = values + (u64(entry[1]) + u64(step)) * u64(w_bytes)
                     column = u32(entry[3] * u32(tile_n) + column_chunk * u32(8))
                     # a column tile that n cuts inside a chunk copies by byte counts; elsewhere a chunk is whole, or beyond
                     # n: then any column may stand in for it, since its results are never stored
@@ -147,51 +179,69 @@ def make_producer(config: Config) -> Callable[..., Any]:
                     x_at = x + u64(column) * u64(2)
                     queue += turn_bytes
                     entry = ld_global_nc_v4(queue)
-                # shared memory is read in order with the copies' issue, so the next ids are read before these copies: read
-                # after them, they wait for the whole queue to drain (400 clocks a stage; H200, 2026-11)
-                slot = u32((slot + u32(rows_per_warp * 4)) & u32(ID_SLOTS * rows_per_warp * 4 - 1))
-                load_ids(next_ids, u32(own_ids + slot))
                 mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
                 stage_at = u32(base + stage * u32(stage_bytes))
                 full_at = u32(full + stage * u32(8))
-                if tid == u32(0):
+                if lane == u32(0) and member == u32(0):
                     mbarrier_arrive_expect_tx(full_at, u32(w_bytes))
                     bulk_copy_g2s(u32(stage_at + u32(x_bytes)), w_at, u32(w_bytes), full_at)
-                w_at += u64(w_bytes)
+                w_at += u64(teams * w_bytes)
                 to = u32(stage_at + target)
-                if cut:
-                    for j in range(copies):
-                        size = room if i32(ids[j]) >= i32(0) else u32(0)
-                        cp_async_16(u32((to ^ u32((j & 7) << 4)) + u32(j * ATOM_BYTES)),
-                                    mad_wide_u32(ids[j] & u32(0x7FFFFFFF), row_bytes, x_at), size)  # fmt: skip
-                else:
-                    for j in range(copies):
-                        cp_async_16_unless_negative(u32((to ^ u32((j & 7) << 4)) + u32(j * ATOM_BYTES)),
-                                                    mad_wide_u32(ids[j], row_bytes, x_at), ids[j])  # fmt: skip
+                # shared memory is read in order with the copies' issue, so the next ids are read before these copies: read
+                # after them, they wait for the whole queue to drain (400 clocks a stage; H200, 2026-11)
+                ids_now = u32(own_ids + slot)
+                slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
+                if batches > 1:
+                    load_ids(next_ids, u32(ids_now + u32(batch * 4)))
+                    copy0(to, ids, row_bytes, x_at, cut, room)
+                    for j in range(batch):
+                        ids[j] = next_ids[j]
+                if batches > 2:
+                    load_ids(next_ids, u32(ids_now + u32(2 * batch * 4)))
+                    copy1(to, ids, row_bytes, x_at, cut, room)
+                    for j in range(batch):
+                        ids[j] = next_ids[j]
+                    load_ids(next_ids, u32(ids_now + u32(3 * batch * 4)))
+                    copy2(to, ids, row_bytes, x_at, cut, room)
+                    for j in range(batch):
+                        ids[j] = next_ids[j]
+                wait_ids()
+                warp_sync()
+                load_ids(next_ids, u32(own_ids + slot))
+                copy3(to, ids, row_bytes, x_at, cut, room)
                 cp_async_mbarrier_arrive_noinc(full_at)
-                for j in range(copies):
+                for j in range(batch):
                     ids[j] = next_ids[j]
-                left = u32(left - u32(1))
-                stage = u32(stage + u32(1))
-                if stage == u32(stages):
-                    stage = u32(0)
+                step = u32(step + u32(teams))
+                stage = u32(stage + u32(teams))
+                if stage >= u32(stages):
+                    stage = u32(stage - u32(stages))
                     phase = u32(phase ^ u32(1))
             else:
                 lead = u32(lead + u32(1))
                 if lead == u32(IDS_AHEAD):
+                    wait_ids()
+                    warp_sync()
                     load_ids(ids, own_ids)
-            if ahead_left == u32(0):
-                ahead_left = ahead_entry[2]
-                if ahead_left > u32(0):
-                    ids_at = columns + (u64(ahead_entry[1]) * u64(tile_k) + u64(warp_row)) * u64(4) + u64(lane) * u64(16)
+            if ahead_step >= ahead_count:
+                ahead_step = u32(ahead_step - ahead_count)
+                ahead_count = ahead_entry[2]
+                while ahead_step >= ahead_count and ahead_count > u32(0):
+                    ahead_step = u32(ahead_step - ahead_count)
                     ahead_queue += turn_bytes
                     ahead_entry = ld_global_nc_v4(ahead_queue)
-            if ahead_left > u32(0):
+                    ahead_count = ahead_entry[2]
+                if ahead_count > u32(0):
+                    ids_at = (columns + ((u64(ahead_entry[1]) + u64(ahead_step)) * u64(tile_k) + u64(warp_row)) * u64(4)
+                              + u64(lane) * u64(16))  # fmt: skip
+                    ahead_queue += turn_bytes
+                    ahead_entry = ld_global_nc_v4(ahead_queue)
+            if ahead_count > u32(0):
                 if lane < u32(id_lanes):
                     cp_async_16_whole(u32(ids_ring + ahead_slot + lane * u32(16)), ids_at)
-                ids_at += u64(tile_k * 4)
-                ahead_left = u32(ahead_left - u32(1))
-            ahead_slot = u32((ahead_slot + u32(rows_per_warp * 4)) & u32(ID_SLOTS * rows_per_warp * 4 - 1))
+                ids_at += u64(teams * tile_k * 4)
+                ahead_step = u32(ahead_step + u32(teams))
+            ahead_slot = u32((ahead_slot + u32(slot_bytes)) & u32(ring_bytes - 1))
             cp_async_commit()
 
     return cuda.jit(device=True, forceinline=True)(produce)
@@ -422,7 +472,7 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
     rows that do not exist. flags: see `epilogue.py`.
     """
     stages, stage_bytes = config.stages, config.stage_bytes
-    barriers, copiers = stages * stage_bytes, 128 * config.producers
+    barriers, copiers, team_threads = stages * stage_bytes, 128 * config.producers, 32 * config.team
     staging = config.smem_bytes - config.staging_bytes
     produce = make_producer(config)
     consume = make_consumer_rows(config) if config.weights_are_m else make_consumer_tokens(config)
@@ -436,7 +486,7 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
         own_queue = queue + u64(cuda.blockIdx.x) * u64(16)
         if tid == u32(0):
             for stage in range(stages):
-                mbarrier_init(u32(full + u32(8 * stage)), u32(copiers + 1))  # copying threads and the weights' bytes
+                mbarrier_init(u32(full + u32(8 * stage)), u32(team_threads + 1))  # a team's threads and the weights' bytes
                 mbarrier_init(u32(empty + u32(8 * stage)), u32(2))  # one leader of each consumer warpgroup
             mbarrier_init_fence()
         cuda.syncthreads()

@@ -58,7 +58,8 @@ class Plan:
 def plans_for(m: int, k: int, groups: int, quality: str) -> list[Plan]:
     """The plans to run one after the other; "best" runs all three, so that a better quality never keeps less."""
     tournaments = max(1, groups - 1)
-    rounds = min(tournaments * max(1, 32 // tournaments), 112)
+    # A tournament or more; in a tournament a pair has one proposal, of at most v.
+    rounds = min(tournaments * max(1, min(32 // tournaments, m // groups)), 112)
     # A sweep costs about m * k * groups; small layers can afford many more of them.
     work = max(1.0, float(m) * k * groups)
     sweeps = min(int(np.clip(40 * (2.0**30 / work) ** 0.3, 20, 200)), 8 + m // 2)

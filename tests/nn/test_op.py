@@ -116,22 +116,22 @@ def test_dense_weight_is_that_of_the_definition() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", ["token", "feature"])
 def test_gradcheck(activation: str | None, layout: str) -> None:
-    _, t, x, bias = make(20, 9, (16, 16), (2, 2))
+    _, t, x, bias = make(18, 4, (16, 16), (1, 2))
     operands = [a.clone().requires_grad_() for a in (x, t[0], bias)]
 
     def f(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return packed_linear(x, values, *t[1:], bias, k=9, tile_k=16, activation=activation, layout=layout)
+        return packed_linear(x, values, *t[1:], bias, k=4, tile_k=16, activation=activation, layout=layout)
 
     # Places of rows that the last group does not have must stay zero, so they are no free numbers to differentiate by.
     mask = torch.ones_like(t[0])
-    mask[int(t[2][-2]) :, 20 % 16 :] = 0
+    mask[int(t[2][-2]) :, 18 % 16 :] = 0
 
     def g(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return f(x, values * mask, bias)
 
     assert torch.autograd.gradcheck(g, operands)
     if activation in (None, "gelu", "silu"):
-        assert torch.autograd.gradgradcheck(g, operands)
+        assert torch.autograd.gradgradcheck(g, operands, fast_mode=True)
 
 
 def test_gradients_are_those_of_the_dense_layer() -> None:
@@ -183,9 +183,9 @@ def test_opcheck_on_many_samples() -> None:
         x = to_feature_major(x.to(dtype)) if number % 2 else x.to(dtype)
         x = x.detach().requires_grad_(number % 4 < 2)
         args = (x, t[0].to(dtype), *t[1:], bias.to(dtype) if with_bias else None, k, block[1], activation, bool(layout))
-        # The slow half of the checks (tracing with dynamic shapes) on every fourth sample, the others on all.
+        # The slow one of the checks (tracing with dynamic shapes) on some of the samples, the others on all.
         names = ["test_schema", "test_autograd_registration", "test_faketensor"]
-        torch.library.opcheck(OP, args, test_utils=[*names, "test_aot_dispatch_dynamic"] if number % 4 == 0 else names)
+        torch.library.opcheck(OP, args, test_utils=[*names, "test_aot_dispatch_dynamic"] if number % 12 == 0 else names)
 
 
 def test_compile_has_no_graph_break_and_takes_any_batch() -> None:
@@ -228,7 +228,7 @@ def test_autocast_casts_x_and_rounds_the_values() -> None:
     x = torch.randn(5, 96)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
-        layer(x.double() if False else x).sum().backward()
+        layer(x).sum().backward()
     assert y.dtype == torch.bfloat16 and layer.values.grad is not None and layer.values.grad.dtype == torch.float32
     want = layer.to(torch.bfloat16)(x.bfloat16())
     # The bias stays float32 under autocast, which can only be nearer to the truth.

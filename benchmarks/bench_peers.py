@@ -1,0 +1,208 @@
+"""How do other libraries do on the same shapes and sparsities?
+
+    python benchmarks/bench_peers.py --out DIR                      every group of peers.GROUPS
+    python benchmarks/bench_peers.py --out DIR --groups main        one of them
+    python benchmarks/bench_peers.py --out DIR --groups tuned --append
+
+Each group runs in a process of its own, so that a peer that crashes takes no other along. A peer that cannot run has a
+row that says why. Writes `<gpu>.peers.csv` and `<gpu>.peers.machine.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import PEER_SHAPES, Shape
+from peers import DENSE, DTYPE, GROUPS, Operands, Peer, Variant, expected
+from protocol import Timing, check, device_clock, eager_us, feed, measure
+from records import RESULTS, Budget, Results, machine, results_name, write_machine
+
+SPARSITIES = (0.5, 0.75, 0.875)
+FIELDS = (
+    "gpu", "date", "name", "m", "k", "n", "sparsity", "dtype", "peer", "pattern", "variant", "median_us", "p10_us",
+    "p90_us", "samples", "launches", "method", "sm_mhz", "eager_us", "dense_us", "dense_tflops", "speedup",
+    "eager_speedup", "tflops", "error", "note",
+)  # fmt: skip
+SHORT_ROUNDS = 3
+CPU_SHAPES = [Shape("small", 256, 256, 64)]
+
+
+def checked_variants(peer: Peer, o: Operands, sparsity: float, device: str) -> tuple[list[tuple[Variant, float]], str]:
+    """The variants whose result is right, with their errors; and why there is none."""
+    why = ""
+    try:
+        variants = peer.prepare(o, sparsity)
+    except Exception as error:  # noqa: BLE001 (whatever keeps a peer from running belongs into the table)
+        return [], one_line(error)
+    right = []
+    for variant in variants:
+        try:
+            reference = variant.weight.float() @ o.x.float()
+            o.out.fill_(float("nan"))
+            error, is_right = check(variant.call, reference.t() if variant.is_token_major else reference, DTYPE)
+        except Exception as problem:  # noqa: BLE001
+            why = one_line(problem)
+            continue
+        if is_right:
+            right.append((variant, error))
+        else:
+            why = f"its result is wrong (relative error {error:.2g}, {variant.name})"
+    return right, why
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as a short text for a table."""
+    text = " ".join(str(error).split()) or "no text"
+    return f"{type(error).__name__}: {text}"[:200]
+
+
+def fastest(found: list[tuple[Variant, float]], device: str) -> tuple[Variant, float]:
+    """The variant with the least time in a short measurement."""
+    if len(found) == 1:
+        return found[0]
+    subjects = {str(i): variant.call for i, (variant, _) in enumerate(found)}
+    no_graph = [str(i) for i, (variant, _) in enumerate(found) if not variant.capture]
+    times = measure(subjects, device, rounds=SHORT_ROUNDS, sample_us=200.0, warm_s=0.0, no_graph=no_graph)
+    return found[int(min(times, key=lambda i: times[i].median_us))]
+
+
+def run_shape(group: str, shape: Shape, device: str, results: Results, common: dict[str, Any], budget: Budget) -> None:
+    """Prepare, check, choose and time all peers of a group on one shape, dense beside them, in turns."""
+    o = Operands(shape, device)
+    common = common | {"name": shape.name, "m": shape.m, "k": shape.k, "n": shape.n, "dtype": DTYPE}
+    chosen: dict[str, tuple[Peer, float, Variant, float]] = {}
+    owed = [(peer, 0.0) for peer in DENSE] + expected(group, SPARSITIES)
+    for peer, sparsity in owed:
+        row = common | {"sparsity": sparsity, "peer": peer.name, "pattern": peer.pattern}
+        if budget.is_spent and peer not in DENSE:
+            results.add(row | {"note": f"not run: the time budget of {budget.seconds:.0f} s was spent"})
+            continue
+        found, why = checked_variants(peer, o, sparsity, device)
+        if found:
+            chosen[f"{peer.name} {sparsity}"] = (peer, sparsity, *fastest(found, device))
+        else:
+            results.add(row | {"note": f"cannot run because {why}"})
+    timings: dict[str, Timing] = {}
+    subjects = {name: variant.call for name, (_, _, variant, _) in chosen.items()}
+    no_graph = [name for name, (_, _, variant, _) in chosen.items() if not variant.capture]
+    timings = measure(subjects, device, rounds=7 if group == "cusparse" else 15, no_graph=no_graph)
+    dense_us = min(timings[f"{peer.name} 0.0"].median_us for peer in DENSE)
+    eager = {n: eager_us(subjects[n], device, device_us=t.median_us) for n, t in timings.items()}
+    dense_eager = min(eager[f"{peer.name} 0.0"] for peer in DENSE)
+    line = []
+    for name, (peer, sparsity, variant, error) in chosen.items():
+        if peer in DENSE and group != "main":
+            continue  # timed for the ratio; the rows of the group "main" speak for it
+        us = timings[name].median_us
+        results.add(
+            common | timings[name].row() | {
+                "sparsity": sparsity, "peer": peer.name, "pattern": peer.pattern, "variant": variant.name,
+                "eager_us": f"{eager[name]:.4g}", "dense_us": round(dense_us, 3),
+                "dense_tflops": f"{shape.flops / dense_us / 1e6:.4g}", "speedup": f"{dense_us / us:.4g}",
+                "eager_speedup": f"{dense_eager / eager[name]:.4g}", "tflops": f"{shape.flops / us / 1e6:.4g}",
+                "error": f"{error:.3g}",
+            }
+        )  # fmt: skip
+        line.append(f"{peer.name} {100 * sparsity:g}% {dense_us / us:.2f}x")
+    sizes = f"{shape.m}x{shape.k}x{shape.n}"
+    print(f"[{budget.used_s:5.1f} s] {group} {sizes}: dense {dense_us:.1f} us | {'; '.join(line)}", flush=True)
+
+
+def child(group: str, device: str, path: Path, seconds: float) -> int:
+    """Run one group in this process and append its rows."""
+    if device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = False
+    budget = Budget(seconds)
+    results = Results(path, FIELDS, append=True)
+    common = {"gpu": results_name(device), "date": datetime.date.today().isoformat()}
+    for shape in CPU_SHAPES if device == "cpu" else PEER_SHAPES:
+        run_shape(group, shape, device, results, common, budget)
+    results.close()
+    return 0
+
+
+def account(path: Path, group: str, device: str, why: str) -> int:
+    """Add a row for every peer of a group that left none; how many there were."""
+    with path.open(encoding="utf-8") as file:
+        there = {(r["peer"], r["m"], r["k"], r["n"], float(r["sparsity"])) for r in csv.DictReader(file)}
+    results = Results(path, FIELDS, append=True)
+    for shape in CPU_SHAPES if device == "cpu" else PEER_SHAPES:
+        for peer, sparsity in expected(group, SPARSITIES):
+            if (peer.name, str(shape.m), str(shape.k), str(shape.n), sparsity) not in there:
+                results.add({
+                    "gpu": results_name(device), "date": datetime.date.today().isoformat(), "name": shape.name,
+                    "m": shape.m, "k": shape.k, "n": shape.n, "sparsity": sparsity, "dtype": DTYPE, "peer": peer.name,
+                    "pattern": peer.pattern, "note": f"cannot run because {why}",
+                })  # fmt: skip
+    results.close()
+    return results.rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", default="main,cusparse,compile,tuned", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder of the CSV and the JSON; needed with --device cpu")
+    parser.add_argument("--append", action="store_true", help="keep the rows of a CSV that is there")
+    parser.add_argument("--budget-s", type=float, default=420.0, help="for all groups together")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.out is None and given.device == "cpu":
+        parser.error("--device cpu needs --out")
+    out = given.out or RESULTS
+    name = results_name(given.device)
+    path = out / f"{name}.peers.csv"
+    if given.child:
+        return child(given.child, given.device, path, given.budget_s)
+    budget, before = Budget(given.budget_s), machine(given.device)
+    Results(path, FIELDS, append=given.append).close()
+    for group in given.groups.split(","):
+        left = max(5.0, budget.seconds - budget.used_s)
+        command = [sys.executable, __file__, "--child", group, "--device", given.device, "--out", str(out)]
+        try:  # a group may finish what it began, but no more than that
+            done = subprocess.run([*command, "--budget-s", str(left)], timeout=left + 60, check=False)
+            why = f"its process ended with code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            why = "its process took longer than the time budget"
+        missing = account(path, group, given.device, why)
+        if missing:
+            print(f"{group}: {missing} results missing: {why}", flush=True)
+    write_machine(out / f"{name}.peers.machine.json", before, given.device, budget.used_s)
+    print(f"{path}: {budget.used_s:.0f} s")
+    return 0
+
+
+# -- pytest-benchmark -------------------------------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PYTEST_PEERS = [
+    (shape, peer, sparsity)
+    for shape in (PEER_SHAPES[:1] if DEVICE == "cuda" else CPU_SHAPES)
+    for peer, sparsity in [(p, 0.0) for p in DENSE] + expected("main", (0.75,))
+]
+
+
+@pytest.mark.parametrize(("shape", "peer", "sparsity"), PYTEST_PEERS, ids=lambda p: getattr(p, "name", str(p)))
+@pytest.mark.benchmark(timer=device_clock)
+def test_peer(benchmark, shape, peer, sparsity):
+    o = Operands(shape, DEVICE)
+    found, why = checked_variants(peer, o, sparsity, DEVICE)
+    if not found:
+        pytest.skip(f"{peer.name} cannot run because {why}")
+    variant, error = fastest(found, DEVICE)
+    benchmark.group = f"{shape.m}x{shape.k}x{shape.n} peers"
+    benchmark.extra_info.update(error=error, variant=variant.name, pattern=peer.pattern)
+    feed(benchmark, variant.call, DEVICE, capture=variant.capture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""Other ways to multiply, each at its best: what the sparse product is compared with.
+
+A peer prepares one or more variants (layouts, algorithms, tilings) of one product; `bench_peers.py` checks every
+variant against float32, times them and keeps the fastest that is right. Where a peer has a pattern of its own (2:4,
+square blocks) it gets a random matrix of that pattern with the same shape and sparsity: its best case. Peers that take
+any matrix (CSR, the Triton gather) get the Shfl-BW matrix itself.
+
+A peer that cannot run raises; the text of the error goes into the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cases import Case, Shape
+from matrices import dense_of, random_packed, random_tensor
+
+import shflnb
+
+__all__ = ["GROUPS", "Operands", "Peer", "Variant", "expected"]
+
+DTYPE = "float16"
+
+
+@dataclass
+class Operands:
+    """What all peers of a shape share: x (k, n), its transpose, the dense weight, and an output buffer (m, n)."""
+
+    shape: Shape
+    device: str
+    x: torch.Tensor = field(init=False)
+    xt: torch.Tensor = field(init=False)
+    w: torch.Tensor = field(init=False)
+    out: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        self.x = random_tensor(s.k, s.n, DTYPE, self.device, 100)
+        self.xt = self.x.t().contiguous()
+        self.w = random_tensor(s.m, s.k, DTYPE, self.device, 7, 0.05)
+        self.out = torch.empty(s.m, s.n, dtype=self.w.dtype, device=self.device)
+
+
+@dataclass
+class Variant:
+    """One way to run a peer: the call, the dense equal of its weight, and whether the result is (n, m)."""
+
+    name: str
+    call: Callable[[], torch.Tensor]
+    weight: torch.Tensor
+    is_token_major: bool = False
+    capture: bool = True
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to multiply. `sparsity` None takes any, 0 is dense, 0.5 only that."""
+
+    name: str
+    pattern: str
+    prepare: Callable[[Operands, float], list[Variant]]
+    sparsity: float | None = None
+
+
+# -- dense ------------------------------------------------------------------------------------------------------------
+
+
+def dense_feature(o: Operands, _: float) -> list[Variant]:
+    return [Variant("W @ X", lambda: torch.matmul(o.w, o.x, out=o.out), o.w)]
+
+
+def dense_token(o: Operands, _: float) -> list[Variant]:
+    return [Variant("F.linear(X.T, W)", lambda: F.linear(o.xt, o.w), o.w, is_token_major=True)]
+
+
+def compiled(mode: str) -> Callable[[Operands, float], list[Variant]]:
+    """torch.compile of the dense product; max-autotune without its own CUDA graphs, since all is timed in a graph."""
+
+    def prepare(o: Operands, _: float) -> list[Variant]:
+        torch._dynamo.reset()
+        feature = torch.compile(lambda w, x: w @ x, mode=mode, dynamic=False)
+        found = [Variant(f"W @ X, {mode}", lambda: feature(o.w, o.x), o.w)]
+        if mode == "default":
+            token = torch.compile(lambda x, w: F.linear(x, w), mode=mode, dynamic=False)
+            found.append(Variant(f"F.linear, {mode}", lambda: token(o.xt, o.w), o.w, is_token_major=True))
+        return found
+
+    return prepare
+
+
+# -- ours, and a plain Triton kernel on the same matrix ---------------------------------------------------------------
+
+
+def same_matrix(o: Operands, v: int, sparsity: float) -> tuple[shflnb.ShflBWMatrix, torch.Tensor]:
+    """The Shfl-BW matrix that `bench_spmm.py` times, and its dense equal."""
+    case = Case(o.shape, sparsity, v)
+    packed = random_packed(case.shape.m, case.shape.k, v, sparsity, DTYPE, device=o.device)
+    return packed, dense_of(packed, o.device)
+
+
+def ours(v: int) -> Callable[[Operands, float], list[Variant]]:
+    def prepare(o: Operands, sparsity: float) -> list[Variant]:
+        packed, dense = same_matrix(o, v, sparsity)
+        return [Variant("matmul", lambda: shflnb.matmul(packed, o.x, out=o.out), dense)]
+
+    return prepare
+
+
+def triton_gather(v: int) -> Callable[[Operands, float], list[Variant]]:
+    def prepare(o: Operands, sparsity: float) -> list[Variant]:
+        from triton_gather import gather_calls
+
+        packed, dense = same_matrix(o, v, sparsity)
+        return [Variant(name, call, dense) for name, call in gather_calls(packed, o.x, o.out).items()]
+
+    return prepare
+
+
+# -- 2:4 --------------------------------------------------------------------------------------------------------------
+
+
+def two_of_four(o: Operands) -> tuple[Any, torch.Tensor]:
+    """A weight with a random two of every four kept, compressed by cuSPARSELt, and its dense equal."""
+    from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+
+    if not torch.backends.cusparselt.is_available():
+        raise RuntimeError("this torch is built without cuSPARSELt")
+    SparseSemiStructuredTensor._FORCE_CUTLASS = False
+    noise = torch.rand(o.shape.m, o.shape.k // 4, 4, device=o.device)
+    mask = torch.zeros_like(noise, dtype=torch.bool).scatter_(2, noise.topk(2, dim=2).indices, True)
+    dense = (o.w.view_as(mask) * mask).view_as(o.w).contiguous()
+    return to_sparse_semi_structured(dense), dense
+
+
+def cusparselt(o: Operands, _: float) -> list[Variant]:
+    """As torch ships it: the default algorithm, all operand layouts."""
+    sparse, dense = two_of_four(o)
+    return [
+        Variant("torch.mm(W, X)", lambda: torch.mm(sparse, o.x), dense, capture=False),
+        Variant("torch.mm(W, X.T.t())", lambda: torch.mm(sparse, o.xt.t()), dense, capture=False),
+        Variant("F.linear(X.T, W)", lambda: F.linear(o.xt, sparse), dense, is_token_major=True, capture=False),
+    ]
+
+
+def cusparselt_searched(o: Operands, _: float) -> list[Variant]:
+    """With the algorithm that cuSPARSELt's own search finds."""
+    sparse, dense = two_of_four(o)
+    packed = sparse.packed
+    found = []
+    for name, x in (("X", o.x), ("X.T.t()", o.xt.t())):
+        for transposed in (False, True):
+            options, text = _search(packed, x, transposed)
+            found.append(
+                Variant(
+                    f"_cslt_sparse_mm(W, {name}{', transposed result' if transposed else ''}), {text}",
+                    lambda x=x, t=transposed, options=options: torch._cslt_sparse_mm(
+                        packed, x, transpose_result=t, **options
+                    ),
+                    dense,
+                    is_token_major=transposed,
+                    capture=False,
+                )
+            )
+    return found
+
+
+def _search(packed: torch.Tensor, x: torch.Tensor, transposed: bool) -> tuple[dict[str, int], str]:
+    """Arguments for the searched algorithm; newer versions of torch search split-k as well."""
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    if search is not None:
+        alg, split_k, split_k_mode, _ = search(packed, x, None, None, None, transposed)
+        options = {"alg_id": int(alg), "split_k": int(split_k), "split_k_mode": int(split_k_mode)}
+        return options, f"algorithm {alg}, split-k {split_k}"
+    alg = int(torch._cslt_sparse_mm_search(packed, x, transpose_result=transposed))
+    return {"alg_id": alg}, f"algorithm {alg}"
+
+
+# -- square blocks ----------------------------------------------------------------------------------------------------
+
+
+def random_blocks(o: Operands, block: int, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block columns (m / block, kept) int32, rising, equally many in each block row; and the dense weight."""
+    rows, cols = o.shape.m // block, o.shape.k // block
+    keep = max(1, round(cols * (1 - sparsity)))
+    columns = torch.rand(rows, cols, device=o.device).argsort(1)[:, :keep].sort(1).values
+    mask = torch.zeros(rows, cols, dtype=torch.bool, device=o.device).scatter_(1, columns, True)
+    dense = (o.w.view(rows, block, cols, block) * mask[:, None, :, None]).view_as(o.w).contiguous()
+    return columns.int(), dense
+
+
+def bsr(block: int) -> Callable[[Operands, float], list[Variant]]:
+    """torch's BSR product (Triton), as shipped."""
+
+    def prepare(o: Operands, sparsity: float) -> list[Variant]:
+        from torch.sparse._triton_ops import bsr_dense_mm
+
+        _, dense = random_blocks(o, block, sparsity)
+        weight = dense.to_sparse_bsr((block, block))
+        return [
+            Variant("bsr_dense_mm", lambda: bsr_dense_mm(weight, o.x, out=o.out), dense, capture=False),
+            Variant("F.linear", lambda: F.linear(o.xt, weight), dense, is_token_major=True, capture=False),
+        ]
+
+    return prepare
+
+
+_BSR_SEEDS: dict[tuple[int, int], dict[str, int]] = {}
+"""What the tuner found last, by (block, n): where it starts on the next shape."""
+
+
+def bsr_tuned(block: int) -> Callable[[Operands, float], list[Variant]]:
+    """torch's BSR product with the parameters that torch's own tuner finds for this shape and block at 75 %.
+
+    The tuner runs with two changes, so that it ends within seconds: it looks at neighbours one step away (as shipped
+    two), and it times each candidate for 20 ms (as shipped 100 ms after 500 ms of warming).
+    """
+    tuned: dict[Shape, dict[str, int]] = {}
+
+    def prepare(o: Operands, sparsity: float) -> list[Variant]:
+        from torch.sparse import _triton_ops_meta as meta_module
+        from torch.sparse._triton_ops import bsr_dense_addmm
+
+        if o.shape not in tuned:
+            weight = random_blocks(o, block, 0.75)[1].to_sparse_bsr((block, block))
+            with _quick_tuner(meta_module, _BSR_SEEDS.get((block, o.shape.n))):
+                tuned[o.shape] = meta_module.tune_bsr_dense_addmm(o.out, weight, o.x, beta=0, alpha=1, force=True)
+            if not tuned[o.shape]:
+                raise RuntimeError("torch's tuner found no parameters that run")
+            _BSR_SEEDS[block, o.shape.n] = tuned[o.shape]
+        meta = tuned[o.shape]
+        _, dense = random_blocks(o, block, sparsity)
+        weight = dense.to_sparse_bsr((block, block))
+        text = ", ".join(f"{name} {value}" for name, value in sorted(meta.items()))
+
+        def call() -> torch.Tensor:
+            return bsr_dense_addmm(o.out, weight, o.x, beta=0, alpha=1, out=o.out, meta=dict(meta))
+
+        return [Variant(text, call, dense, capture=False)]
+
+    return prepare
+
+
+@contextlib.contextmanager
+def _quick_tuner(meta_module: Any, seed: dict[str, int] | None) -> Iterator[None]:
+    """Replace the step and the timer of torch's tuner, and start it at `seed`."""
+    import triton
+
+    minimize, do_bench = meta_module.minimize, triton.testing.do_bench
+
+    def near(target: Any, initial: Any, reference: Any, step: Any, **given: Any) -> Any:
+        given["max_step"] = 1
+        return minimize(target, seed or initial, reference, step, **given)
+
+    meta_module.minimize = near
+    triton.testing.do_bench = lambda call, **_: do_bench(call, warmup=5, rep=20)
+    try:
+        yield
+    finally:
+        meta_module.minimize, triton.testing.do_bench = minimize, do_bench
+
+
+# -- cuSPARSE ---------------------------------------------------------------------------------------------------------
+
+
+def csr(o: Operands, sparsity: float) -> list[Variant]:
+    """torch's CSR product (cuSPARSE) on the Shfl-BW matrix with v = 64, with indices of both widths."""
+    _, dense = same_matrix(o, 64, sparsity)
+    wide = dense.to_sparse_csr()
+    narrow = torch.sparse_csr_tensor(
+        wide.crow_indices().int(), wide.col_indices().int(), wide.values(), size=wide.shape, check_invariants=False
+    )
+    return [
+        Variant("int32 indices", lambda: narrow @ o.x, dense, capture=False),
+        Variant("int32 indices, X.T.t()", lambda: narrow @ o.xt.t(), dense, capture=False),
+    ]
+
+
+def blocked_ell(block: int) -> Callable[[Operands, float], list[Variant]]:
+    """cuSPARSE's Blocked-ELL product, operands row-major and column-major."""
+
+    def prepare(o: Operands, sparsity: float) -> list[Variant]:
+        from blocked_ell import BlockedEll
+
+        columns, dense = random_blocks(o, block, sparsity)
+        rows = len(columns)
+        grid = dense.view(rows, block, -1, block).transpose(1, 2)
+        values = grid[torch.arange(rows, device=o.device)[:, None], columns.long()]
+        out_column_major = torch.empty(o.shape.n, o.shape.m, dtype=o.out.dtype, device=o.device).t()
+        found = []
+        for order in ("rows", "blocks"):
+            ell = BlockedEll(columns, values, o.shape.k, order)
+            found.append(Variant(f"row-major, {order}", ell.product(o.x, o.out), dense, capture=False))
+            column_major = ell.product(o.xt.t(), out_column_major)
+            found.append(Variant(f"column-major, {order}", column_major, dense, capture=False))
+        return found
+
+    return prepare
+
+
+# -- the list ---------------------------------------------------------------------------------------------------------
+
+DENSE = [Peer("cuBLAS W @ X", "dense", dense_feature, 0.0), Peer("cuBLAS F.linear", "dense", dense_token, 0.0)]
+
+GROUPS: dict[str, list[Peer]] = {
+    "main": [
+        *(Peer(f"shflnb v = {v}", f"Shfl-BW, v = {v}", ours(v)) for v in (32, 64, 128)),
+        *(Peer(f"Triton gather v = {v}", f"Shfl-BW, v = {v}", triton_gather(v)) for v in (32, 64, 128)),
+        Peer("cuSPARSELt 2:4", "2 of 4", cusparselt, 0.5),
+        Peer("cuSPARSELt 2:4, searched", "2 of 4", cusparselt_searched, 0.5),
+        *(Peer(f"torch BSR {b}", f"blocks {b} x {b}", bsr(b)) for b in (32, 64, 128)),
+    ],
+    "cusparse": [
+        Peer("cuSPARSE CSR", "Shfl-BW, v = 64", csr),
+        *(Peer(f"cuSPARSE Blocked-ELL {b}", f"blocks {b} x {b}", blocked_ell(b)) for b in (32, 64)),
+    ],
+    "compile": [
+        Peer("torch.compile", "dense", compiled("default"), 0.0),
+        Peer("torch.compile, max-autotune", "dense", compiled("max-autotune-no-cudagraphs"), 0.0),
+    ],
+    "tuned": [Peer(f"torch BSR {b}, tuned", f"blocks {b} x {b}", bsr_tuned(b)) for b in (32, 64, 128)],
+}
+"""Peers by the process that runs them: what may fail badly, or takes long, does not take the others along."""
+
+
+def expected(group: str, sparsities: tuple[float, ...]) -> list[tuple[Peer, float]]:
+    """Every (peer, sparsity) that a group owes for a shape."""
+    return [(p, s) for p in GROUPS[group] for s in (sparsities if p.sparsity is None else (p.sparsity,))]

@@ -1,0 +1,337 @@
+"""The few-column product: its specialisation (`SkinnyConfig`), its choice and its launch."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgumentError, DeviceError
+from ..formats.shflbw import ShflBWMatrix
+from ..formats.skinny_layout import SkinnyLayout, to_skinny
+from .config import EPILOGUES
+from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
+
+__all__ = ["MAX_N", "SkinnyConfig", "SkinnyPlan", "SkinnySplit", "SkinnyWeights", "choose_config", "choose_split", "kernel_spec",
+           "make_plan", "run_skinny", "skinny_plan", "skinny_weights", "sum_spec", "warps_of", "window_limit", "x_flags"]  # fmt: skip
+
+MAX_N = 64
+ARGUMENTS = 20
+HAS_RESIDUAL, TOKEN_CHUNKS, FEATURE_CHUNKS = 8, 16, 32  # bits of the kernels' flags, as in epilogue.py and skinny_mma.py
+_TEAMS: dict[tuple[str, int, bool], dict[int, int]] = {}
+_LOCK = threading.RLock()
+FINISHES = ("block", "cluster", "none")
+SLOTS = ("shared", "global")
+
+
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """How one few-column kernel is specialised."""
+
+    v: int
+    chunks: int
+    """Columns of the activation, in units of 8: 1, 2, 4 or 8."""
+    warps: int
+    depth: int
+    """Records of each warp's ring: one less is in flight."""
+    finish: str = "cluster"
+    """Who adds the slots of an item: "block" (one rank only), "cluster" (the ranks of a team), or "none" (a second kernel)."""
+    slots: str = "shared"
+    """Where the pieces' sums wait: "shared" or "global" memory."""
+    dtype: str = "float16"
+    epilogue: str = "plain"
+    prefetch: int = 0
+    """Bytes L2 fetches around each weight it is asked for: 0 (its own choice), 128 or 256."""
+    is_chained: bool = False
+    """Start before the kernel ahead in the stream is done, and let the next one do so (programmatic launch, sm_90 and newer)."""
+
+    def __post_init__(self) -> None:
+        if self.v not in (16, 32, 64, 128) or self.chunks not in (1, 2, 4, 8):
+            raise ArgumentError(f"v = {self.v}, chunks = {self.chunks}; expected v 16, 32, 64 or 128 and chunks 1, 2, 4 or 8")
+        if self.warps not in (4, 8, 12, 16) or not 2 <= self.depth <= 9:
+            raise ArgumentError(f"warps = {self.warps}, depth = {self.depth}; expected 4, 8, 12 or 16 warps and depth 2 to 9")
+        if self.finish not in FINISHES or self.slots not in SLOTS:
+            raise ArgumentError(f"finish is {self.finish!r}, slots {self.slots!r}; expected one of {FINISHES} and of {SLOTS}")
+        if self.finish == "none" and self.slots == "shared":
+            raise ArgumentError("a second kernel cannot see shared memory; finish='none' needs slots='global'")
+        if self.dtype not in ("float16", "bfloat16"):
+            raise ArgumentError(f"dtype is {self.dtype!r}; the GPU kernels take float16 and bfloat16")
+        if self.epilogue not in EPILOGUES:
+            raise ArgumentError(f"epilogue is {self.epilogue!r}; expected one of {EPILOGUES}")
+        if self.prefetch not in (0, 128, 256):
+            raise ArgumentError(f"prefetch is {self.prefetch}; expected 0, 128 or 256 bytes")
+
+    @property
+    def strips(self) -> int:
+        """16-row strips of an item."""
+        return min(self.v, 64) // 16
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a step: the weights in fragment order and 16 column places."""
+        return self.strips * 512 + 32
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a piece's sum: 512 for each 16 x 8 tile."""
+        return self.strips * self.chunks * 512
+
+    @property
+    def ring_bytes(self) -> int:
+        """Shared memory of all rings."""
+        return self.warps * self.depth * self.record_bytes
+
+    @property
+    def accumulators(self) -> int:
+        """float32 accumulators of a thread."""
+        return self.strips * self.chunks * 4
+
+    def window_bytes(self, rows: int) -> int:
+        """Shared memory of a window of x of this many rows (a multiple of 8), the row of zeros included."""
+        return (rows + 8) * 16 * self.chunks
+
+    def smem_bytes(self, rows: int, slots: int) -> int:
+        """Dynamic shared memory of a block whose window has `rows` rows and whose busiest block has `slots` slots."""
+        return self.window_bytes(rows) + self.ring_bytes + (slots * self.slot_bytes if self.slots == "shared" else 0)
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as a profiler shows it."""
+        kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
+        return (f"shflbw_skinny_{kind}_v{self.v}_n{8 * self.chunks}_w{self.warps}_d{self.depth}_{self.finish}_{self.slots}"
+                f"_h{self.prefetch}{'_chained' if self.is_chained else ''}_{self.epilogue}")  # fmt: skip
+
+    def with_epilogue(self, epilogue: str) -> SkinnyConfig:
+        """The same kernel with another epilogue."""
+        return self if epilogue == self.epilogue else replace(self, epilogue=epilogue)
+
+
+# --- choice: pure -----------------------------------------------------------------------------------------------------
+RECORDS_IN_FLIGHT_KB = 80  # a ring deeper than this gains nothing; H200: 4.3 TB/s times 1 us is 33 KiB an SM
+
+
+@dataclass(frozen=True)
+class SkinnySplit:
+    """How the layout of a packed matrix is cut for a device."""
+
+    teams: int
+    ranks: int
+    warps: int
+    window: int
+
+
+def warps_of(v: int) -> int:
+    """Warps of a block: enough registers for 64 columns, and enough warps to hide the latency of short records."""
+    return 8 if v >= 64 else 16
+
+
+def window_limit(v: int, smem_limit: int) -> int:
+    """Rows of x that fit beside rings of the least depth for 64 columns: what the layout's windows are cut to."""
+    least = SkinnyConfig(v, 8, warps_of(v), 4, slots="global")
+    rows = (smem_limit - least.ring_bytes) // (16 * least.chunks) - 8
+    return min(0x7FC0, rows // 64 * 64)
+
+
+def choose_split(steps: np.ndarray, k: int, v: int, teams_of_ranks: dict[int, int], smem_limit: int) -> SkinnySplit:
+    """The split with the least predicted load of its busiest block.
+
+    `steps` has the 16-column steps of every group; `teams_of_ranks` says how many teams of each size run at once.
+    """
+    items = np.sort(np.repeat(steps, max(1, v // 64)))[::-1]
+    window = window_limit(v, smem_limit)
+    best: tuple[float, SkinnySplit] | None = None
+    for ranks, teams in sorted(teams_of_ranks.items()):
+        teams = max(1, min(teams, len(items)))
+        busiest = max(float(items.sum()) / teams, float(items[0]) if len(items) else 0.0) / ranks
+        if len(items) < 8 * teams:  # few items a team: how they fall matters
+            loads = np.zeros(teams)
+            for load in items.tolist():
+                loads[loads.argmin()] += load
+            busiest = float(loads.max()) / ranks
+        # in KiB that pass through one block: weights, the window of 16 columns, slots read from the other ranks
+        cost = busiest * (32 * min(v, 64) + 32) / 1024 + k / ranks * 32 / 1024 + 4.0 * (ranks - 1)
+        if best is None or cost < best[0]:
+            best = (cost, SkinnySplit(teams, ranks, warps_of(v), window))
+    assert best is not None, "there is a team size"
+    return best[1]
+
+
+def choose_config(layout: SkinnyLayout, n: int, dtype: str, smem_limit: int, finish: str, is_chained: bool) -> tuple[SkinnyConfig, bool]:
+    """The kernel for n columns and whether it loads a block's whole window at once."""
+    chunks = next(c for c in (1, 2, 4, 8) if n <= 8 * c)
+    warps = layout.warps.shape[1]
+    base = SkinnyConfig(layout.v, chunks, warps, 2, finish, "global", dtype, is_chained=is_chained)
+    wanted = max(3, min(9, 1 + RECORDS_IN_FLIGHT_KB * 1024 // (warps * base.record_bytes)))
+    for is_merged in (True, False):
+        rows = layout.window_rows(is_merged)
+        for slots in ("shared", "global") if finish != "none" else ("global",):
+            for depth in range(wanted, 2, -1):
+                config = replace(base, slots=slots, depth=depth)
+                if config.smem_bytes(rows, layout.slots) <= smem_limit and (slots == "global" or depth >= min(4, wanted)):
+                    return config, is_merged
+    raise DeviceError(f"{n} columns do not fit {smem_limit} bytes of shared memory a block; use the kernels for many columns")
+
+
+# --- launch -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SkinnyWeights:
+    """A packed matrix in the few-column layout on a device; of the layout's arrays only the host's tables are kept."""
+
+    memory: DeviceMemory
+    layout: SkinnyLayout
+
+
+@dataclass(frozen=True)
+class SkinnyPlan:
+    """Everything about a launch that does not change from call to call."""
+
+    config: SkinnyConfig
+    weights: SkinnyWeights
+    kernels: tuple[tuple[LoadedKernel, Any], ...]
+    """Kernels and their launch configurations, in order."""
+    head: tuple[int, ...]
+    shape: int
+    work_bytes: int
+
+
+def kernel_spec(config: SkinnyConfig, smem_limit: int) -> KernelSpec:
+    """How to build the kernel of a config."""
+
+    def make() -> Any:
+        from .skinny_mma import make_skinny
+
+        return make_skinny(config)
+
+    return KernelSpec(repr(config), config.name, "skinny", make, ARGUMENTS, config.threads, smem_limit)
+
+
+def sum_spec(config: SkinnyConfig) -> KernelSpec:
+    """How to build the second kernel of finish="none"."""
+
+    def make() -> Any:
+        from .skinny_mma import make_skinny_sum
+
+        return make_skinny_sum(config)
+
+    return KernelSpec(repr(config) + " sum", config.name + "_sum", "skinny", make, ARGUMENTS, config.threads)
+
+
+def teams_of_ranks(context: DeviceContext, v: int, stream: int) -> dict[int, int]:
+    """How many teams of 1, 2, 4 and 8 blocks run at once on a device."""
+    if context.capability[0] < 9:
+        return {ranks: context.sm_count // ranks for ranks in (1, 2, 4, 8)}
+    key = ("skinny teams", context.ordinal, v >= 64)
+    found = _TEAMS.get(key)
+    if found is None:
+        spec = kernel_spec(SkinnyConfig(64 if v >= 64 else 32, 1, warps_of(v), 5), context.smem_limit)
+        kernel = context.kernel(spec, stream)
+        with context.current():
+            found = {1: context.sm_count} | {ranks: kernel.max_clusters(ranks) for ranks in (2, 4, 8)}
+        found = _TEAMS[key] = {ranks: teams for ranks, teams in found.items() if teams > 0}
+    return found
+
+
+def skinny_weights(packed: ShflBWMatrix, context: DeviceContext, stream: int, split: SkinnySplit | None = None) -> SkinnyWeights:
+    """The layout of a packed matrix on a device; uploaded at the first call."""
+    key = ("skinny weights", context.ordinal, split)
+    found: SkinnyWeights | None = packed.launch_cache.get(key)
+    if found is None:
+        context.refuse_capture(stream, "upload the packed weights")
+        with _LOCK:
+            found = packed.launch_cache.get(key)
+            if found is None:
+                if split is None:
+                    steps = -(-packed.counts // 16)
+                    split = choose_split(steps, packed.shape[1], packed.v, teams_of_ranks(context, packed.v, stream), context.smem_limit)
+                layout = to_skinny(packed, split.teams, split.ranks, split.warps, split.window)
+                arrays = [layout.records, layout.warps, layout.windows[1], layout.windows[0], layout.entry_ptr, layout.entries,
+                          layout.teams_ptr, layout.rows]  # fmt: skip
+                with context.current():
+                    memory = DeviceMemory(context, arrays)
+                found = SkinnyWeights(memory, replace(layout, records=layout.records[:0]))
+                packed.launch_cache[key] = found
+    return found
+
+
+def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int) -> SkinnyPlan:
+    """The launch record for n columns; one for every 8, 16, 32 or 64."""
+    chunks = next(c for c in (1, 2, 4, 8) if n <= 8 * c)
+    key = ("skinny plan", context.ordinal, chunks, epilogue)
+    plan: SkinnyPlan | None = packed.launch_cache.get(key)
+    if plan is None:
+        weights = skinny_weights(packed, context, stream)
+        ranks = weights.layout.ranks
+        has_clusters = context.capability[0] >= 9
+        finish = "block" if ranks == 1 else "cluster" if has_clusters else "none"
+        config, is_merged = choose_config(weights.layout, n, packed.dtype, context.smem_limit, finish, has_clusters)
+        plan = make_plan(weights, context, config.with_epilogue(epilogue), is_merged, stream)
+        packed.launch_cache[key] = plan
+    return plan
+
+
+def make_plan(weights: SkinnyWeights, context: DeviceContext, config: SkinnyConfig, is_merged: bool, stream: int) -> SkinnyPlan:
+    """The launch record of a config."""
+    layout = weights.layout
+    kernel = context.kernel(kernel_spec(config, context.smem_limit), stream)
+    rows, blocks = layout.window_rows(is_merged), layout.teams * layout.ranks
+    size = config.smem_bytes(rows, layout.slots)
+    cluster = layout.ranks if config.finish == "cluster" else 1
+    kernels = [(kernel, kernel.config(blocks // cluster, cluster=cluster, smem_bytes=size, is_chained=config.is_chained))]
+    if config.finish == "none":
+        second = context.kernel(sum_spec(config), stream)
+        kernels.append((second, second.config(blocks)))
+    records, warps, merged, phased, *rest = weights.memory.addresses
+    head = (records, warps, merged if is_merged else phased, *rest)
+    shape = layout.ranks | layout.phases << 16 | rows << 32 | layout.slots << 48
+    work = blocks * layout.slots * config.slot_bytes if config.slots == "global" else 0
+    return SkinnyPlan(config, weights, tuple(kernels), head, shape, work)
+
+
+def x_flags(address: int, token_stride: int, feature_stride: int, n: int) -> int:
+    """How x may be read 16 bytes at a time, as bits of the kernel's flags."""
+    if address % 16:
+        return 0
+    if feature_stride == 1 and (n == 1 or token_stride % 8 == 0):
+        return TOKEN_CHUNKS
+    if token_stride == 1 and feature_stride % 8 == 0:
+        return FEATURE_CHUNKS
+    return 0
+
+
+def run_skinny(
+    call: Any,
+    x_address: int,
+    token_stride: int,
+    feature_stride: int,
+    n: int,
+    out_address: int,
+    out_token_stride: int,
+    out_feature_stride: int,
+    bias: tuple[int, int] = (0, 0),
+    residual: tuple[int, int, int] = (0, 0, 0),
+    activation: str | None = None,
+) -> None:
+    """out[t, f] = activation(sum_c W[f, c] x[t, c] + bias[f]) + residual[t, f] for n <= 64 tokens; strides in values.
+
+    `call` has `packed`, `context`, `stream_handle` and `workspace`; bias is (address, flags), residual (address,
+    token stride, feature stride). No alignment is needed; 16-byte aligned x is read faster.
+    """
+    plain = activation is None and not bias[0] and not residual[0]
+    plan = skinny_plan(call.packed, call.context, n, "plain" if plain else activation or "identity", call.stream_handle)
+    flags = bias[1] | (HAS_RESIDUAL if residual[0] else 0) | x_flags(x_address, token_stride, feature_stride, n)
+    work, owner = 0, None
+    if plan.work_bytes:
+        work, _, owner = call.workspace(1, plan.work_bytes // 2)
+    sizes = n | flags << 16 | call.packed.shape[1] << 32
+    for kernel, launch_config in plan.kernels:
+        call.context.launch(call.stream_handle, launch_config, kernel, *plan.head, x_address, out_address, bias[0], residual[0],
+                            work, token_stride, feature_stride, out_token_stride, out_feature_stride, residual[1], residual[2],
+                            sizes, plan.shape)  # fmt: skip
+    del owner

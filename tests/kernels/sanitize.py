@@ -1,0 +1,89 @@
+"""Every GPU kernel once, on tiny odd shapes, for compute-sanitizer; exits with 1 when a result is wrong.
+
+    compute-sanitizer --tool memcheck  --error-exitcode 9 python tests/kernels/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 9 python tests/kernels/sanitize.py
+    compute-sanitizer --tool initcheck --error-exitcode 9 python tests/kernels/sanitize.py
+    compute-sanitizer --tool synccheck --error-exitcode 9 python tests/kernels/sanitize.py
+
+Run it once without the tool first: that fills the cache of compiled kernels (in several processes with --prebuild).
+torch only moves memory here; references come from NumPy, so that nearly all launches under the tool are ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gpu_cases as cases
+from shflnb.kernels.spmm_device import device_linear, device_matmul
+from shflnb.reference import judge
+
+
+def on_device(a: np.ndarray) -> Any:
+    """A device copy in an allocation of its own, so that a stray access leaves it."""
+    return torch.from_numpy(a.view(np.int16)).cuda().view(torch.bfloat16 if str(a.dtype) == "bfloat16" else torch.float16)
+
+
+def host(t: Any, dtype: str) -> np.ndarray:
+    return t.cpu().contiguous().view(torch.int16).numpy().view(cases.DTYPES[dtype])
+
+
+def run_config(config: Any, number: int) -> list[str]:
+    """A plain product and one with everything in the epilogue; n cuts a chunk, m a group, k a tile."""
+    wrong = []
+    rng = np.random.default_rng(number)
+    for m, k, n in ((config.v + 3, 70, 13), (2, 5, 8)):
+        packed = cases.random_packed(m, k, config.v, dtype=config.dtype, seed=number)
+        x, residual, bias = (rng.standard_normal(s).astype(cases.DTYPES[config.dtype]) for s in ((k, n), (m, n), (m,)))
+        y = device_matmul(packed, on_device(x), config=config)
+        verdict = judge(host(y, config.dtype), packed, x)
+        if not verdict.holds:
+            wrong.append(f"{config.name} {m} x {k} x {n}: {verdict}")
+        activation = ("gelu", "relu", "silu", None)[number % 4]
+        y = device_matmul(packed, on_device(x), bias=on_device(bias), activation=activation, residual=on_device(residual),
+                          config=config)  # fmt: skip
+        verdict = judge(host(y, config.dtype), packed, x, bias, activation, residual)
+        if not verdict.holds:
+            wrong.append(f"{config.name} {activation} {m} x {k} x {n}: {verdict}")
+    return wrong
+
+
+def run_calls() -> list[str]:
+    """What the selection takes by itself for few and many columns, token-major, strided and misaligned arrays."""
+    wrong = []
+    rng = np.random.default_rng(0)
+    for v in (16, 32, 64, 128):
+        for dtype in cases.DTYPE_NAMES:
+            for n in (1, 2, 7, 8, 16, 33, 64, 65, 200):
+                packed = cases.random_packed(v + 5, 77, v, dtype=dtype, seed=n)
+                x = rng.standard_normal((77, n)).astype(cases.DTYPES[dtype])
+                results = {"matmul": device_matmul(packed, on_device(x)), "linear": device_linear(on_device(x.T.copy()), packed).T}
+                room = np.zeros(77 * n + 1, x.dtype)
+                room[1:] = x.reshape(-1)
+                results["misaligned"] = device_matmul(packed, on_device(room)[1:].view(77, n))
+                for name, y in results.items():
+                    verdict = judge(host(y, dtype), packed, x)
+                    if not verdict.holds:
+                        wrong.append(f"{name} v{v} {dtype} n {n}: {verdict}")
+    return wrong
+
+
+def main() -> int:
+    configs = cases.configs() + cases.configs("bfloat16")
+    epilogues = {None: "identity", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+    if "--prebuild" in sys.argv:
+        cases.prebuild([*configs, *(c.with_epilogue(epilogues[("gelu", "relu", "silu", None)[i % 4]]) for i, c in enumerate(configs))])
+    wrong = [text for number, config in enumerate(configs) for text in run_config(config, number)] + run_calls()
+    torch.cuda.synchronize()
+    print("\n".join(wrong) or f"all products of {len(configs)} configs and of the selection are right")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

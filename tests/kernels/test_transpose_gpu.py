@@ -1,0 +1,86 @@
+"""The layout kernels on a GPU, bit for bit: transposes and strided copies of any size, alignment and stride."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("numba.cuda", reason="needs numba-cuda (extra cu12 or cu13)")
+
+import shflnb
+from gpu_cases import GUARD, MARK, dense_of, random_packed
+from shflnb.kernels.config import ceil_div
+from shflnb.kernels.spmm_device import _Call
+from shflnb.kernels.views import device_view
+
+pytestmark = pytest.mark.gpu
+
+SIZES = (1, 2, 3, 7, 8, 9, 31, 63, 64, 65, 127, 129, 200, 521)
+
+
+class Area:
+    """A (rows, cols) int16 matrix with leading dimension `ld`, `shift` values behind an aligned address, all marked."""
+
+    def __init__(self, rows: int, cols: int, ld: int, shift: int) -> None:
+        self.memory = torch.full(((rows + 2 * GUARD) * ld + shift + 64,), MARK, dtype=torch.int16, device="cuda")
+        at = GUARD * ld
+        at += -at % 8 + shift
+        self.matrix = torch.as_strided(self.memory, (rows, cols), (ld, 1), at)
+
+    def taken(self) -> Any:
+        """(a copy of the matrix, whether nothing else was written)."""
+        inside = self.matrix.clone()
+        self.matrix.fill_(MARK)
+        return inside, (self.memory == MARK).all()
+
+
+def numbers(rows: int, cols: int) -> Any:
+    return torch.randint(-32768, 32767, (rows, cols), dtype=torch.int16, device="cuda")
+
+
+def call_on(x: Any) -> Any:
+    """What a product uses to launch its layout kernels."""
+    return _Call(random_packed(16, 8, 16), x, device_view(x, what="x"))
+
+
+@pytest.mark.parametrize("rows", SIZES)
+def test_transpose(rows: int) -> None:
+    good = []
+    for place, cols in enumerate(SIZES):
+        for wide_src, wide_dst, shift in ((False, False, 0), (True, True, 0), (True, False, 1), (False, True, 3)):
+            src = Area(rows, cols, ceil_div(cols, 8) * 8 + 8 if wide_src else cols, shift * (place % 2))
+            dst = Area(cols, rows, ceil_div(rows, 8) * 8 + 8 if wide_dst else rows, shift)
+            values = numbers(rows, cols)
+            src.matrix.copy_(values)
+            src_at, dst_at = (part.matrix.data_ptr() for part in (src, dst))
+            lds, ldd = (part.matrix.stride(0) for part in (src, dst))
+            call_on(src.matrix).transpose(src_at, lds, dst_at, ldd, rows, cols, is_result=bool((rows + cols) % 2))
+            result, intact = dst.taken()
+            good.append(((result == values.T).all() & intact, (rows, cols, wide_src, wide_dst, shift)))
+    verdict = torch.stack([g for g, _ in good]).cpu()
+    assert bool(verdict.all()), [case for ok, (_, case) in zip(verdict, good, strict=True) if not ok][:10]
+
+
+def test_transpose_of_millions_of_tokens() -> None:
+    """4.2 million tokens of 8 features, through `linear`: more than 65535 tiles of 64 tokens."""
+    n = 65535 * 64 + 77
+    packed = random_packed(16, 8, 16, [8], integers=True)
+    x = torch.randint(-2, 3, (n, 8), dtype=torch.int8, device="cuda").to(torch.float16)
+    y = shflnb.linear(x, packed)
+    assert bool((y == x @ dense_of(packed).T).all())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 255, 70000])
+def test_strided_copy(rows: int) -> None:
+    for cols in (1, 2, 255, 256, 257) if rows < 1000 else (3, 17):
+        values = numbers(rows, cols)
+        for src in (values, values.T.contiguous().T, values[:1].expand(rows, cols), values[:, :1].expand(rows, cols)):
+            for turned in (False, True):
+                dst = Area(cols, rows, rows + 3, 1) if turned else Area(rows, cols, cols + 5, 1)
+                strides = dst.matrix.stride()[::-1] if turned else dst.matrix.stride()
+                to = (dst.matrix.data_ptr(), *strides)
+                call_on(src).copy((src.data_ptr(), *src.stride()), to, rows, cols)
+                result, intact = dst.taken()
+                assert bool((result == (src.T if turned else src)).all()) and bool(intact), (rows, cols, turned)
