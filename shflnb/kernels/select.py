@@ -1,8 +1,8 @@
 """Problem -> Config: a tuned table first, a rule second. Pure: the same question gets the same answer, on any machine.
 
 The rule predicts a time for every candidate from four measured constants and takes the least. Measured on one NVIDIA H200
-on 2026-11-22 (fp16, warm, CUDA graphs) over the tiles below: a stage of the ring costs `STAGE_US + bytes * US_PER_KB`, or
-what the tensor cores need if that is longer; a tile costs its drain on top; a launch costs `LAUNCH_US`.
+on 2026-11-22 (fp16, warm, CUDA graphs) over the tiles below: a stage of the ring costs `STAGE_US + KiB * US_PER_KB`, or what
+the tensor cores need if that is longer; a tile costs its drain on top; a launch costs `LAUNCH_US`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from .config import Config, Problem, ceil_div, smem_limit
 
 __all__ = ["Choice", "candidates", "choose", "predict_us", "roof_us", "sweep_of", "table_key", "tuned_table"]
 
-STAGE_US = 0.12
-US_PER_KB = 0.0105
+STAGE_US = -0.09  # an intercept: valid for stages of 20 KiB and more, which all of them are
+US_PER_KB = 0.0155
 MFLOP_PER_US = 5.6  # of one SM: 740 TFLOP/s over 132 of them, what cuBLAS reaches on random data
-DRAIN_US = 0.15
-DRAIN_US_PER_KB = 0.037
+DRAIN_US = 0.4
+DRAIN_US_PER_KB = 0.036
 LAUNCH_US = 2.8
 SM80_SLOWDOWN = 1.35  # mma.sync and copies by the computing warps, against wgmma and a producer
 
-# tile_n, tile_k, stages, producers
+# tile_n, tile_k, stages, team
 _SM90_TILES = {
-    128: ((256, 64, 4, 1), (128, 64, 6, 1), (64, 64, 8, 1)),
-    64: ((512, 32, 4, 1), (256, 64, 5, 1), (128, 64, 6, 1)),
+    128: ((256, 64, 4, 4), (128, 64, 6, 2), (64, 64, 8, 2)),
+    64: ((512, 32, 5, 2), (256, 64, 5, 2), (128, 64, 6, 2)),
     32: ((512, 32, 5, 2), (256, 64, 5, 2), (128, 64, 6, 1)),
     16: ((512, 32, 5, 2), (256, 64, 5, 2), (128, 64, 6, 1)),
 }
@@ -55,8 +55,8 @@ def candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:
     """Every config worth trying for groups of v rows on a device of this capability, wgmma first."""
     found = []
     if capability[0] == 9:
-        for tile_n, tile_k, stages, producers in _SM90_TILES[v]:
-            found.append(Config("sm90", v, tile_n, tile_k, stages, dtype, producers=producers))
+        for tile_n, tile_k, stages, team in _SM90_TILES[v]:
+            found.append(Config("sm90", v, tile_n, tile_k, stages, dtype, team=team))
     limit = smem_limit(capability)
     for tile_n, tile_k, stages, blocks in _SM80_TILES[v]:
         config = Config("sm80", v, tile_n, tile_k, stages, dtype, blocks_per_sm=blocks)
@@ -71,7 +71,7 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
     tiles = problem.groups * n_tiles
     slots = sm_count * config.blocks_per_sm
     stages_per_tile = max(1.0, problem.columns / max(1, problem.groups) / config.tile_k)
-    stage = max(STAGE_US + config.stage_bytes / 1024 * US_PER_KB,
+    stage = max(0.2, STAGE_US + config.stage_bytes / 1024 * US_PER_KB,
                 2e-6 * config.v * config.tile_n * config.tile_k / MFLOP_PER_US)  # fmt: skip
     drain = DRAIN_US + 2 * config.v * config.tile_n / 1024 * DRAIN_US_PER_KB
     longest = max(1.0, problem.longest / config.tile_k)
