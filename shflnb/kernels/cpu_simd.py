@@ -127,7 +127,8 @@ def _emit_tile(builder: Any, shape: tuple[int, int, int, bool], dtype: Any, oper
         spread = builder.shuffle_vector(builder.insert_element(undefined, number, _I32(0)), undefined, lane_zero)
         new += [builder.call(fma, [loaded[p], spread, sums[q * vectors + p]]) for p in range(vectors)]
     following = builder.add(j, _I64(1))
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+    again = builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+    again.set_metadata("llvm.loop", _never_unroll(builder.module))
     j.add_incoming(_I64(0), before)
     j.add_incoming(following, loop)
 
@@ -145,6 +146,14 @@ def _emit_tile(builder: Any, shape: tuple[int, int, int, bool], dtype: Any, oper
             old = builder.load(place, align=itemsize)
             total = totals[q * vectors + p]
             builder.store(builder.select(fresh, total, builder.fadd(old, total)), place, align=itemsize)
+
+
+def _never_unroll(module: Any) -> Any:
+    """Metadata of a loop that LLVM must not unroll: it would hoist loads until accumulators are spilled to the stack."""
+    option = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    loop = ir.MDValue(module, [option, option], name=str(len(module.metadata)))
+    loop.operands = (loop, option)  # a loop's metadata names itself first
+    return loop
 
 
 @intrinsic

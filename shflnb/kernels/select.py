@@ -24,7 +24,11 @@ MFLOP_PER_US = 5.6  # of one SM: 740 TFLOP/s over 132 of them, what cuBLAS reach
 DRAIN_US = 0.4
 DRAIN_US_PER_KB = 0.036
 LAUNCH_US = 2.8
-SM80_SLOWDOWN = 1.35  # mma.sync and copies by the computing warps, against wgmma and a producer
+MIN_STAGE_US = 0.28  # what a stage costs the consumers, however few bytes it has
+# mma.sync kernel: TFLOP/s of the whole H200 at 4096^3, 75 %, by (v, tile_n); sm80 stages overlap across blocks
+SM80_TFLOPS = {(128, 256): 281, (128, 128): 327, (128, 64): 220, (64, 256): 279, (64, 128): 303, (64, 64): 224,
+               (32, 256): 197, (32, 128): 215, (32, 64): 181, (16, 256): 127, (16, 128): 122, (16, 64): 112}  # fmt: skip
+H200_SMS = 132
 
 # tile_n, tile_k, stages, team
 _SM90_TILES = {
@@ -69,9 +73,14 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
     """Predicted device time in microseconds, from the constants above."""
     n_tiles = ceil_div(problem.n, config.tile_n)
     tiles = problem.groups * n_tiles
+    if config.kernel == "sm80":
+        tile_flops = 2.0 * problem.columns / max(1, problem.groups) * config.v * config.tile_n
+        busiest = ceil_div(tiles, sm_count) if tiles < 16 * sm_count else tiles / sm_count
+        rate = SM80_TFLOPS[config.v, config.tile_n] / H200_SMS * 1e6  # flops per us of one SM
+        return LAUNCH_US + DRAIN_US + busiest * tile_flops / rate
     slots = sm_count * config.blocks_per_sm
     stages_per_tile = max(1.0, problem.columns / max(1, problem.groups) / config.tile_k)
-    stage = max(0.2, STAGE_US + config.stage_bytes / 1024 * US_PER_KB,
+    stage = max(MIN_STAGE_US, STAGE_US + config.stage_bytes / 1024 * US_PER_KB,
                 2e-6 * config.v * config.tile_n * config.tile_k / MFLOP_PER_US)  # fmt: skip
     drain = DRAIN_US + 2 * config.v * config.tile_n / 1024 * DRAIN_US_PER_KB
     longest = max(1.0, problem.longest / config.tile_k)
@@ -79,8 +88,6 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
     if tiles / slots < 16:  # few rounds: the last one counts in full
         rounds = float(ceil_div(tiles, slots))
     busy = max(rounds * (stages_per_tile * stage + drain), longest * stage + drain)
-    if config.kernel == "sm80":
-        busy *= SM80_SLOWDOWN * (1.0 if config.blocks_per_sm == 1 else config.blocks_per_sm * 0.75)
     return LAUNCH_US + busy
 
 

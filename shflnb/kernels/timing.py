@@ -1,0 +1,107 @@
+"""Device memory, a stream and a clock for measuring products without a framework: what the tuner works with."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .launch import DeviceContext, DeviceMemory, check_driver
+from .views import DeviceView
+
+__all__ = ["Bench", "Operand"]
+
+SAMPLE_US = 400.0
+"""Device time of one sample: the resolution of the events (0.5 us) is then below 0.2 %."""
+MOST_LAUNCHES = 50
+
+
+@dataclass(frozen=True)
+class Operand(DeviceView):
+    """A matrix on a device that belongs to no framework, with the stream that its calls go to."""
+
+    stream: int = 0
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Says that this is a device array, and on which stream its calls run; `device_view` takes the record itself."""
+        return {"stream": self.stream or None}
+
+
+class Bench:
+    """A stream of its own on one device; use it in a `with` block."""
+
+    def __init__(self, context: DeviceContext) -> None:
+        self.context = context
+        self.driver = context.driver
+
+    def __enter__(self) -> Bench:
+        with self.context.current():
+            flag = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+            self._stream = check_driver(self.driver.cuStreamCreate(flag), "making a stream")
+            self._events = [check_driver(self.driver.cuEventCreate(0), "making an event") for _ in range(2)]
+        self.stream = int(self._stream)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self.context.current():
+            self.driver.cuStreamSynchronize(self._stream)
+            for event in self._events:
+                self.driver.cuEventDestroy(event)
+            self.context.forget_stream(self.stream)
+            self.driver.cuStreamDestroy(self._stream)
+
+    def matrix(self, a: np.ndarray, dtype: str) -> Operand:
+        """A copy of a C-contiguous (rows, cols) host array of 2-byte values, rows starting at 16-byte boundaries."""
+        rows, cols = a.shape
+        ld = -(-cols // 8) * 8
+        padded = a if ld == cols else np.pad(a, ((0, 0), (0, ld - cols)))
+        with self.context.current():
+            memory = DeviceMemory(self.context, [padded])
+        return Operand(memory.addresses[0], (rows, cols), (ld, 1), dtype, self.context.ordinal, memory, self.stream)
+
+    def fetch(self, operand: Operand, dtype: np.dtype) -> np.ndarray:
+        """The values of an operand on the host, once everything in the stream is done."""
+        rows, cols = operand.shape
+        ld = operand.strides[0]
+        host = np.empty((rows, ld), dtype)
+        with self.context.current():
+            check_driver(self.driver.cuStreamSynchronize(self._stream), "waiting for the device")
+            check_driver(self.driver.cuMemcpyDtoH(host.ctypes.data, operand.address, host.nbytes), "a copy to the host")
+        return host[:, :cols]
+
+    def median_us(self, call: Callable[[], Any], rounds: int = 7) -> float:
+        """Device time of one call in microseconds: the median over replays of a CUDA graph of several calls."""
+        with self.context.current():
+            call()
+            call()
+            once = self._elapsed_us(call)
+            launches = int(max(1, min(MOST_LAUNCHES, SAMPLE_US / max(once, 1.0))))
+            mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+            check_driver(self.driver.cuStreamBeginCapture(self._stream, mode), "capturing a graph")
+            try:
+                for _ in range(launches):
+                    call()
+            finally:
+                graph = check_driver(self.driver.cuStreamEndCapture(self._stream), "capturing a graph")
+            ready = check_driver(self.driver.cuGraphInstantiate(graph, 0), "making a graph")
+
+            def replay() -> None:
+                check_driver(self.driver.cuGraphLaunch(ready, self._stream), "replaying a graph")
+
+            replay()
+            times = [self._elapsed_us(replay) / launches for _ in range(rounds)]
+            self.driver.cuGraphExecDestroy(ready)
+            self.driver.cuGraphDestroy(graph)
+        return statistics.median(times)
+
+    def _elapsed_us(self, call: Callable[[], Any]) -> float:
+        start, end = self._events
+        check_driver(self.driver.cuEventRecord(start, self._stream), "recording an event")
+        call()
+        check_driver(self.driver.cuEventRecord(end, self._stream), "recording an event")
+        check_driver(self.driver.cuEventSynchronize(end), "waiting for the device")
+        return 1e3 * float(check_driver(self.driver.cuEventElapsedTime(start, end), "reading the clock"))
