@@ -114,6 +114,22 @@ def dense_calls(shape: Shape, dtype: str, xs: Sequence[torch.Tensor], op: str, d
     return found
 
 
+def checked_dense(
+    shape: Shape, dtype: str, xs: Sequence[torch.Tensor], op: str, device: str
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The dense products whose results are right, and their errors."""
+    subjects: dict[str, Any] = {}
+    errors: dict[str, float] = {}
+    w32 = random_tensor(shape.m, shape.k, dtype, device, 7, 0.05).float()
+    reference = w32 @ (xs[0].float().t() if op == "linear" else xs[0].float())
+    for name, calls in dense_calls(shape, dtype, xs, op, device).items():
+        error, is_right = check(calls[0], reference.t() if name == "F.linear" else reference, dtype)
+        if not is_right:
+            raise RuntimeError(f"the dense product {name} of {shape} has a relative error of {error:.3g}")
+        subjects[f"dense {name}"], errors[f"dense {name}"] = calls, error
+    return subjects, errors
+
+
 def group_key(case: Case) -> tuple[Any, ...]:
     """Cases of equal key share operands and a dense baseline, and are timed in turns."""
     return case.shape.m, case.shape.k, case.shape.n, case.dtype, case.op, case.inputs
@@ -131,7 +147,7 @@ def time_group(cases: Sequence[Case], weights: Weights, results: Results, common
     outs = [torch.empty(out_shape, dtype=xs[0].dtype, device=device) for _ in xs]
     x32 = xs[0].float() if first.op == "matmul" else xs[0].float().t()
 
-    subjects: dict[str, Any] = {f"dense {n}": c for n, c in dense_calls(shape, dtype, xs, first.op, device).items()}
+    subjects, dense_errors = checked_dense(shape, dtype, xs, first.op, device)
     checked: list[tuple[Case, str, ShflBWMatrix, float]] = []
     wrong = 0
     for case in cases:
@@ -158,7 +174,8 @@ def time_group(cases: Sequence[Case], weights: Weights, results: Results, common
         tflops = shape.flops / timings[name].median_us / 1e6
         eager = eager_us(subjects[name][0], device, device_us=timings[name].median_us)
         results.add(common | timings[name].row() | {"what": name, "tflops": f"{tflops:.4g}", "sparsity": 0,
-                                                    "eager_us": f"{eager:.4g}"})  # fmt: skip
+                                                    "eager_us": f"{eager:.4g}",
+                                                    "error": f"{dense_errors[name]:.3g}"})  # fmt: skip
     parts = []
     for case, name, packed, error in checked:
         row = common | sparse_row(case, name, packed, error, timings.get(name), timings[best], best, device)

@@ -142,23 +142,26 @@ class _Events:
 
     def __init__(self, calls: Sequence[Call], sample_us: float) -> None:
         self.calls = calls
-        once_us = _estimate_us(calls)
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        host_us = (time.perf_counter() - start) * 1e6 / len(calls)
-        torch.cuda.synchronize()
+        self.stream = _side_stream()  # the graphs' stream, so that no two subjects run at once
+        with torch.cuda.stream(self.stream):
+            once_us = _estimate_us(calls)
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            host_us = (time.perf_counter() - start) * 1e6 / len(calls)
+            torch.cuda.synchronize()
         turns = -(-max(min(round(sample_us / max(once_us, 0.5)), 40), 1 if once_us > 5e3 else 2) // len(calls))
         self.launches = turns * len(calls)
         self.sleep_cycles = int(min(50_000.0, 200.0 + 1.5 * host_us * self.launches) * 1980)
 
     def sample(self) -> Callable[[], float]:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(self.sleep_cycles)
-        begin.record()
-        for number in range(self.launches):
-            self.calls[number % len(self.calls)]()
-        end.record()
+        with torch.cuda.stream(self.stream):
+            torch.cuda._sleep(self.sleep_cycles)
+            begin.record()
+            for number in range(self.launches):
+                self.calls[number % len(self.calls)]()
+            end.record()
         return lambda: begin.elapsed_time(end) * 1e3 / self.launches
 
 
@@ -218,9 +221,9 @@ def measure(
         torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in runners}
     clock = None
-    for _ in range(rounds):
+    for number in range(rounds):
         pending = {name: runner.sample() for name, runner in runners.items()}
-        clock = sm_clock_mhz() if clock is None else clock  # read while the device is busy
+        clock = clock if number else sm_clock_mhz()  # read while the device is busy
         torch.cuda.synchronize()
         for name, read in pending.items():
             samples[name].append(read())

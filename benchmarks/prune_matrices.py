@@ -1,4 +1,4 @@
-"""Matrices to judge the pattern search on: trained in this process on data that is already installed, planted, and noise.
+"""Matrices to judge the pattern search on: trained in this process on installed data, planted, and noise.
 
 Nothing is downloaded: the pictures are scikit-learn's bundled digits, the text is the source of Python's own standard
 library. Training takes well under a minute on two cores and is seeded.
@@ -15,7 +15,7 @@ __all__ = ["digits_mlp", "gaussian", "planted", "text_transformer", "trained"]
 
 
 def digits_mlp(width: int = 512, epochs: int = 40, seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights of a 64-512-512-10 network trained on scikit-learn's digits; the two that are large enough to prune."""
+    """The first two weights of a 64-512-512-10 network trained on scikit-learn's digits."""
     import torch
     from sklearn.datasets import load_digits
 
@@ -86,15 +86,12 @@ def text_transformer(
         found[f"text_out{i}"] = layer.self_attn.out_proj.weight.detach().numpy().copy()
         found[f"text_up{i}"] = layer.linear1.weight.detach().numpy().copy()
         found[f"text_down{i}"] = layer.linear2.weight.detach().numpy().copy()
-    found["loss"] = np.array([[float(loss)]])
     return found
 
 
 def trained(seed: int = 0) -> dict[str, np.ndarray]:
     """All trained matrices by name."""
-    text = text_transformer(seed=seed)
-    text.pop("loss")
-    return {**digits_mlp(seed=seed), **text}
+    return {**digits_mlp(seed=seed), **text_transformer(seed=seed)}
 
 
 def planted(m: int, k: int, v: int, density: float = 0.25, noise: float = 0.0, seed: int = 0) -> np.ndarray:

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import pickle
 import platform
 import re
 import subprocess
@@ -27,32 +28,20 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numpy", "torch", "triton", "numba", "numba-cuda", "cuda-core", "cuda-bindings", "cupy-cuda13x", "scipy")
 
 
-def _build(task: tuple[Any, str]) -> str | None:
-    config, arch = task
-    from shflnb.kernels.spmm_device import kernel_spec
-
-    try:
-        kernel_spec(config).build(arch)
-    except Exception as error:  # noqa: BLE001 (the launch will raise the same, with its traceback)
-        return f"{config}: {error}"
-    return None
-
-
 def prebuild(configs: Iterable[Any], capability: tuple[int, int]) -> float:
-    """Compile kernels into the disk cache with a process for each core but two; the seconds it took."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
+    """Compile kernels into the disk cache, on all cores but two, in processes without torch; the seconds it took.
 
+    A kernel that cannot be built is named; the launch that needs it will raise the same error with its traceback.
+    """
     from shflnb.kernels.compiler import arch_of
 
-    wanted = sorted(set(configs), key=repr)
     start = time.perf_counter()
-    workers = max(1, min(len(wanted), usable_cores() - 2))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for problem in pool.map(_build, [(c, arch_of(capability, c.kernel)) for c in wanted]):
-            if problem is not None:
-                print(f"  could not be built ahead: {problem}", file=sys.stderr)
+    tasks = [(config, arch_of(capability, config.kernel)) for config in sorted(set(configs), key=repr)]
+    program = Path(__file__).parent / "build_kernels.py"
+    workers = str(max(1, min(len(tasks), usable_cores() - 2)))
+    done = subprocess.run([sys.executable, str(program), workers], input=pickle.dumps(tasks), check=False)
+    if done.returncode:
+        print(f"  building ahead ended with code {done.returncode}; kernels are built when needed", file=sys.stderr)
     return time.perf_counter() - start
 
 

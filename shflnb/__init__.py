@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .nn import estimate, sparsify_
     from .ops import linear, matmul
     from .patterns import PruneResult, prune
+    from .tuning import explain, tune
 
 __all__ = [
     "ArgumentError",
@@ -49,6 +50,7 @@ __all__ = [
     "ShflnbError",
     "__version__",
     "estimate",
+    "explain",
     "linear",
     "load",
     "matmul",
@@ -56,6 +58,7 @@ __all__ = [
     "prune",
     "save",
     "sparsify_",
+    "tune",
 ]
 
 _HOME = {
@@ -63,9 +66,10 @@ _HOME = {
     **dict.fromkeys(("linear", "matmul"), "ops"),
     **dict.fromkeys(("estimate", "sparsify_"), "nn"),
     **dict.fromkeys(("PruneResult", "prune"), "patterns"),
+    **dict.fromkeys(("explain", "tune"), "tuning"),
     **dict.fromkeys((name for name in __all__ if name.endswith(("Error", "Warning"))), "errors"),
 }
-_SUBPACKAGES = ("errors", "formats", "nn", "ops", "patterns", "reference")
+_SUBPACKAGES = ("errors", "formats", "nn", "ops", "patterns", "reference", "tuning")
 
 
 def __getattr__(name: str) -> Any:

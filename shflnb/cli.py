@@ -1,4 +1,4 @@
-"""The command line: `shflnb demo | doctor | prune`, each with `--json`: then standard output holds JSON and no more."""
+"""The command line: `shflnb demo | doctor | prune | tune`, each with `--json`: then standard output holds JSON and no more."""
 
 from __future__ import annotations
 
@@ -194,6 +194,32 @@ def prune(
         _print_json(report)
     else:
         _print_pairs(_console(), _prune_pairs(report))
+
+
+@app.command()
+def tune(
+    source: Annotated[Path, typer.Argument(help="A packed matrix (.safetensors), as `shflnb prune` writes it.")],
+    n: Annotated[list[int], typer.Option("--n", help="Columns of x (tokens); may be given several times.")],
+    device: Annotated[int, typer.Option(help="CUDA device.")] = 0,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="First drop everything that is remembered of this device.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the GPU kernels for a packed matrix, each checked first, and remember the fastest on this machine."""
+    from .formats import load
+    from .tuning import forget_device
+    from .tuning import tune as measure
+
+    packed = load(source)
+    if forget:
+        forget_device(device)
+    console = _console(stderr=True)
+    report = measure(packed, n, device=device, progress=lambda text: console.print(f"  {text}", soft_wrap=True))
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        typer.echo(str(report))
 
 
 def _prune_pairs(report: dict[str, Any]) -> list[tuple[str, str]]:

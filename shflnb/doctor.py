@@ -15,7 +15,7 @@ import numpy as np
 
 from ._version import __version__
 from .formats import pack
-from .kernels.compiler import cache_dir
+from .kernels.compiler import assembler, cache_dir
 from .kernels.cpu_pool import get_num_threads
 from .machine import CudaDriver, cpu_features, cpu_name, find_cuda, usable_cores
 from .ops import matmul
@@ -70,6 +70,7 @@ def examine() -> dict[str, Any]:
         "cuda": asdict(cuda),
         "packages": {name: _version(name) for name in PACKAGES},
         "extras": _extras(cuda),
+        "assembler": assembler(),
         "product": _product(),
         "threads": get_num_threads(),
         "pools": _pools(),
@@ -183,6 +184,8 @@ def _machine_pairs(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("CUDA driver", ".".join(map(str, cuda["version"])) if cuda["version"] else "none"),
     ]
+    made = report["assembler"]
+    pairs.append(("GPU code", f"assembled by {made['used'] or 'nothing here'}" + (f" ({made['problem']})" if made["problem"] else "")))
     for number, gpu in enumerate(cuda["devices"]):
         capability = ".".join(map(str, gpu["capability"]))
         memory = f"{gpu['memory'] / 2**30:.0f} GiB"

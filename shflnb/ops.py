@@ -145,7 +145,7 @@ def linear(
     Examples
     --------
     >>> import numpy as np, shflnb
-    >>> w = np.eye(16, 4, dtype=np.float32)
+    >>> w = np.ones((16, 4), dtype=np.float32)
     >>> x = np.ones((2, 3, 4), dtype=np.float32)
     >>> y = shflnb.linear(x, shflnb.pack(w, block=(16, 16)), layout="feature")
     >>> y.shape, y.strides, bool((y == x @ w.T).all())

@@ -137,10 +137,10 @@ def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: 
     --------
     >>> import numpy as np
     >>> from shflnb.formats import pack
-    >>> packed = pack(np.eye(32, 64, dtype=np.float16), block=(16, 16))
+    >>> packed = pack(np.repeat(np.eye(2, 64, dtype=np.float16), 16, axis=0), block=(16, 16))
     >>> layout = to_skinny(packed, teams=2, ranks=1, warps=2, window=1024)
     >>> layout.steps, layout.slots, layout.windows[0, :, 0, :2].tolist()
-    (2, 1, [[0, 16], [16, 16]])
+    (2, 1, [[0, 1], [0, 2]])
     """
     if packed.values.itemsize != 2:
         raise DtypeError(f"the values are {packed.dtype}; kernel layouts hold float16 or bfloat16; use "

@@ -28,7 +28,7 @@ from typing import Any
 
 from ..errors import DeviceError, MissingDependencyError
 
-__all__ = ["Cubin", "arch_of", "build", "cache_dir", "compile_ptx", "find_tool", "ptxas_assemble"]
+__all__ = ["Cubin", "arch_of", "assembler", "build", "cache_dir", "compile_ptx", "find_tool", "ptxas_assemble"]
 
 _MAGIC = b"shflnb-cubin-1\n"
 _COMPILE_LOCK = threading.RLock()
@@ -92,7 +92,11 @@ def _read_cache(path: Path, arch: str) -> Cubin | None:
     if hashlib.sha256(body).digest() != checksum:
         return None
     head, _, code = body.partition(b"\n")
-    return Cubin(json.loads(head)["name"], arch, code, from_cache=True)
+    try:
+        name = json.loads(head)["name"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return Cubin(name, arch, code, from_cache=True) if code.startswith(b"\x7fELF") and isinstance(name, str) else None
 
 
 def _write_cache(path: Path, cubin: Cubin) -> None:
@@ -184,10 +188,35 @@ def ptxas_assemble(ptx: str, arch: str) -> tuple[bytes, str]:
         return target.read_bytes(), done.stderr
 
 
-def _assemble(ptx: str, arch: str) -> bytes:
+def _link(ptx: str, arch: str) -> bytes:
+    """Assemble with cuda.core: nvJitLink, or the driver's own linker."""
     from cuda.core import Program, ProgramOptions
 
     return bytes(Program(ptx, "ptx", ProgramOptions(arch=arch)).compile("cubin").code)
+
+
+def _assemble(ptx: str, arch: str) -> bytes:
+    """The cubin, from cuda.core or, where its linker is missing or refuses (older than the PTX), from ptxas if there is one."""
+    try:
+        return _link(ptx, arch)
+    except Exception as error:  # noqa: BLE001 (cuda.core raises its own, the driver's and nvJitLink's exceptions, all unrelated)
+        if find_tool("ptxas") is None:
+            raise DeviceError(
+                f"the kernel could not be assembled for {arch}: {type(error).__name__}: {str(error)[:500]}; install the extra "
+                "of your driver (shflnb[cu12] or shflnb[cu13]), or a CUDA toolkit whose ptxas is on PATH"
+            ) from error
+    return ptxas_assemble(ptx, arch)[0]
+
+
+def assembler() -> dict[str, str | None]:
+    """Which program turns PTX into machine code here, tried on an empty kernel: {"used", "problem"}; for the doctor."""
+    ptx = ".version 7.0\n.target sm_80\n.address_size 64\n.visible .entry empty()\n{ ret; }\n"
+    try:
+        _link(ptx, "sm_80")
+    except Exception as error:  # noqa: BLE001 (see _assemble)
+        problem = f"cuda.core cannot: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return {"used": "ptxas" if find_tool("ptxas") else None, "problem": problem}
+    return {"used": "cuda.core", "problem": None}
 
 
 def build(

@@ -149,7 +149,7 @@ def _emit_tile(builder: Any, shape: tuple[int, int, int, bool], dtype: Any, oper
 
 
 def _never_unroll(module: Any) -> Any:
-    """Metadata of a loop that LLVM must not unroll: it would hoist loads until accumulators are spilled to the stack."""
+    """Metadata of a loop that LLVM must not unroll: it would hoist loads until accumulators spill to the stack."""
     option = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
     loop = ir.MDValue(module, [option, option], name=str(len(module.metadata)))
     loop.operands = (loop, option)  # a loop's metadata names itself first

@@ -74,7 +74,8 @@ class LoadedKernel:
 
     def max_clusters(self, cluster: int) -> int:
         """Clusters of this many blocks that the device holds at once, with the spec's shared memory."""
-        return int(self.kernel.occupancy.max_active_clusters(self.config(1, cluster=cluster)))
+        stream = self.context.stream(0)  # the default stream: which one makes no difference to the answer
+        return int(self.kernel.occupancy.max_active_clusters(self.config(1, cluster=cluster), stream=stream))
 
 
 class DeviceMemory:
@@ -95,6 +96,8 @@ class DeviceMemory:
         for a, address in zip(arrays, self.addresses, strict=True):
             if a.nbytes:
                 _check(driver.cuMemcpyHtoD(address, np.ascontiguousarray(a).ctypes.data, a.nbytes), "copy to the device")
+        # from pageable memory the copy may return before it has arrived; streams that do not wait for stream 0 would not see it
+        _check(driver.cuStreamSynchronize(driver.CUstream(0)), "copy to the device")
 
     def __del__(self) -> None:
         pointer, self._pointer = getattr(self, "_pointer", None), None

@@ -20,7 +20,7 @@ __all__ = ["MAX_N", "SkinnyConfig", "SkinnyPlan", "SkinnySplit", "SkinnyWeights"
 MAX_N = 64
 ARGUMENTS = 20
 HAS_RESIDUAL, TOKEN_CHUNKS, FEATURE_CHUNKS = 8, 16, 32  # bits of the kernels' flags, as in epilogue.py and skinny_mma.py
-_TEAMS: dict[tuple[str, int, bool], dict[int, int]] = {}
+_TEAMS: dict[tuple[int, int], dict[int, int]] = {}
 _LOCK = threading.RLock()
 FINISHES = ("block", "cluster", "none")
 SLOTS = ("shared", "global")
@@ -128,8 +128,8 @@ class SkinnySplit:
 
 
 def warps_of(v: int) -> int:
-    """Warps of a block: enough registers for 64 columns, and enough warps to hide the latency of short records."""
-    return 8 if v >= 64 else 16
+    """Warps of a block: the more the shorter the records, but leaving each thread the registers that 64 columns need."""
+    return {16: 16, 32: 12}.get(v, 8)
 
 
 def window_limit(v: int, smem_limit: int) -> int:
@@ -227,10 +227,10 @@ def teams_of_ranks(context: DeviceContext, v: int, stream: int) -> dict[int, int
     """How many teams of 1, 2, 4 and 8 blocks run at once on a device."""
     if context.capability[0] < 9:
         return {ranks: context.sm_count // ranks for ranks in (1, 2, 4, 8)}
-    key = ("skinny teams", context.ordinal, v >= 64)
+    key = (context.ordinal, warps_of(v))
     found = _TEAMS.get(key)
     if found is None:
-        spec = kernel_spec(SkinnyConfig(64 if v >= 64 else 32, 1, warps_of(v), 5), context.smem_limit)
+        spec = kernel_spec(SkinnyConfig(min(v, 64), 1, warps_of(v), 5), context.smem_limit)
         kernel = context.kernel(spec, stream)
         with context.current():
             found = {1: context.sm_count} | {ranks: kernel.max_clusters(ranks) for ranks in (2, 4, 8)}

@@ -23,6 +23,7 @@ from .config import Config, Problem, ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel, device_context
 from .memo import LinearMemo, MatmulMemo, memo_key, quick_linear, quick_matmul
 from .queue import tile_queue
+from .remembered import load as remembered_entries
 from .select import Choice, choose, sweep_of
 from .views import DeviceView, current_stream, device_view, new_matrix
 
@@ -145,7 +146,8 @@ def plan_for(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str
     if plan is None:
         problem = problem_of(packed, n)
         if config is None:
-            choice = choose(problem, context.capability, context.sm_count, context.name, packed.launch_cache.get("tuned"))
+            remembered = {**remembered_entries(context.name), **packed.launch_cache.get("tuned", {})}
+            choice = choose(problem, context.capability, context.sm_count, context.name, remembered)
         else:
             choice = choose(problem, context.capability, context.sm_count, only=[config])
         chosen = choice.config.with_epilogue(epilogue)

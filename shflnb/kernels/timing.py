@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .launch import DeviceContext, DeviceMemory, check_driver
+from ..errors import DeviceError
+from .launch import DeviceContext, DeviceMemory
 from .views import DeviceView
 
 __all__ = ["Bench", "Operand"]
@@ -29,6 +30,13 @@ class Operand(DeviceView):
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """Says that this is a device array, and on which stream its calls run; `device_view` takes the record itself."""
         return {"stream": self.stream or None}
+
+
+def check_driver(result: tuple[Any, ...], what: str) -> Any:
+    """The value of a driver call, or `DeviceError`."""
+    if int(result[0]):
+        raise DeviceError(f"{what} failed with {getattr(result[0], 'name', result[0])}; run `shflnb doctor`")
+    return result[1] if len(result) > 1 else None
 
 
 class Bench:
@@ -51,7 +59,6 @@ class Bench:
             self.driver.cuStreamSynchronize(self._stream)
             for event in self._events:
                 self.driver.cuEventDestroy(event)
-            self.context.forget_stream(self.stream)
             self.driver.cuStreamDestroy(self._stream)
 
     def matrix(self, a: np.ndarray, dtype: str) -> Operand:
@@ -62,6 +69,12 @@ class Bench:
         with self.context.current():
             memory = DeviceMemory(self.context, [padded])
         return Operand(memory.addresses[0], (rows, cols), (ld, 1), dtype, self.context.ordinal, memory, self.stream)
+
+    def poison(self, operand: Operand) -> None:
+        """Fill an operand with NaN, behind everything in the stream."""
+        with self.context.current():
+            count = operand.shape[0] * operand.strides[0]
+            check_driver(self.driver.cuMemsetD16Async(operand.address, 0x7FFF, count, self._stream), "filling memory")
 
     def fetch(self, operand: Operand, dtype: np.dtype) -> np.ndarray:
         """The values of an operand on the host, once everything in the stream is done."""

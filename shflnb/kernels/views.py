@@ -62,6 +62,8 @@ def device_view(x: Any, *, what: str) -> DeviceView:
 
     Raises `DtypeError` for an array that is not on a CUDA device.
     """
+    if isinstance(x, DeviceView):
+        return x
     kind = kind_of(x)
     if kind == "torch-cuda":
         return _torch_view(x)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import ArgumentError, ShflnbError
 from ..formats import ShflBWMatrix, pack
-from ..patterns import prune
+from ..patterns import prune, score_matrix, share_budget
 from .calibrate import input_norms
 from .decide import Facts, Options, Timer, Times, decide, random_layer, sparsity_of
 from .eligible import Candidate, FilterFn, find_layers, replace_module
@@ -64,7 +64,9 @@ def sparsify_(
         Part of each weight to remove; in a mapping the first entry that fits counts, "default" is for the rest.
     block : (v, tile_k)
     score, search, budget, seed, quality
-        As in `shflnb.prune`. score="activation" needs `calibration`.
+        As in `shflnb.prune`. score="activation" needs `calibration`. Besides "layer" and "group" the budget may be "model":
+        `sparsity` then holds for all layers together (with a mapping, for those of one entry) and each layer's share is
+        found by one threshold; this needs the scores of all layers at once, in float32.
     calibration : iterable of inputs, optional
         Each like `example_inputs`; the norms of what goes into each layer weigh its columns.
     example_inputs : tensor, tuple or mapping, optional
@@ -107,7 +109,8 @@ def sparsify_(
     """
     options = Options(
         sparsity, block, policy, timing, fuse, tokens, tuple(_listed(ignore)), filter_fn,
-        prune={"score": score, "search": search, "budget": budget, "seed": seed, "quality": quality},
+        prune={"score": score, "search": search, "budget": "layer" if budget == "model" else budget, "seed": seed,
+               "quality": quality},
     )  # fmt: skip
     activation_aware = isinstance(score, str) and score == "activation"
     if activation_aware and calibration is None:
@@ -118,6 +121,8 @@ def sparsify_(
     work.watch(example_inputs)
     if calibration is not None:
         work.calibrate(calibration)
+    if budget == "model":
+        work.share_budget()
     return _carry_out(work, example_inputs, measure_model, _shown(progress))
 
 
@@ -170,8 +175,7 @@ class _Work:
         self.timer = Timer(self.options.timing)
         self.names = [c.name for c in self.found if c.reason is None]
         everything = {name for c in self.found for name in (c.name, *c.aliases)}
-        for name in self.names:
-            sparsity_of(name, self.options, everything)
+        self.sparsities = {name: sparsity_of(name, self.options, everything) for name in self.names}
 
     def modules(self) -> dict[nn.Module, str]:
         """The layers that may become sparse -> their names."""
@@ -198,6 +202,22 @@ class _Work:
         self.norms = input_norms(self.model, calibration, self.modules())
         for name in [name for name in self.names if name not in self.norms]:
             self._leave(name, "the calibration data does not reach it, so it cannot be scored")
+
+    def share_budget(self) -> None:
+        """One threshold for all layers of one asked sparsity: how sparse each of them shall be."""
+        score = self.options.prune["score"]
+        if not isinstance(score, str):
+            raise ArgumentError("budget='model' compares the scores of different layers; name a score, such as 'magnitude'")
+        for asked in sorted({self.sparsities[name] for name in self.names}):
+            scores = {}
+            for name in (name for name in self.names if self.sparsities[name] == asked):
+                weight = self.model.get_submodule(name).weight.detach()
+                try:
+                    scores[name] = score_matrix(weight, score, norm=self.norms.get(name))
+                except ShflnbError as error:
+                    raise type(error)(f"layer {name}: {error}") from error
+            shares = share_budget(scores, 1.0 - asked, block=self.options.block)
+            self.sparsities.update({name: 1.0 - share for name, share in shares.items()})
 
     def _leave(self, name: str, reason: str) -> None:
         self.names.remove(name)
@@ -235,7 +255,7 @@ class _Work:
 
         def measure(name: str, layout: Plan) -> Times:
             facts = facts_of(self.model.get_submodule(name))
-            layer = stand_in(facts, self.options, sparsity_of(name, self.options), stand_ins)
+            layer = stand_in(facts, self.options, self.sparsities[name], stand_ins)
             return self.timer.times(name, facts, layer, self.seen.tokens(name), layout)
 
         _, times = decide(self.seen, set(self.names), self.options, measure)
@@ -253,7 +273,7 @@ class _Work:
         options = dict(self.options.prune)
         if name in self.norms:
             options["norm"] = self.norms[name]
-        result = prune(weight, sparsity=sparsity_of(name, self.options), block=self.options.block, **options)
+        result = prune(weight, sparsity=self.sparsities[name], block=self.options.block, **options)
         return result.pack(), result.retained
 
     def _pruned(self, name: str) -> ShflLinear:

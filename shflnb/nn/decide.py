@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from ..errors import ArgumentError
 from ..formats import ShflBWMatrix
 from ..formats.shflbw import check_block
+from ..patterns.columns import rounding_step
 from .eligible import FilterFn, check_patterns, matches
 from .measure import TIMINGS, dense_call, call_us, sparse_call, transpose_us
 from .modules import SHARE_ON, ShflLinear
@@ -190,10 +191,11 @@ def random_layer(
     (m, k), (v, tile_k) = shape, options.block
     rng = np.random.default_rng(seed)
     groups = -(-m // v)
-    tiles = min(round((1.0 - sparsity) * k * groups / tile_k), groups * -(-k // tile_k))
-    counts = np.full(groups, tiles // groups if groups else 0)
-    counts[: tiles % groups if groups else 0] += 1
-    counts = np.minimum(counts * tile_k, k)
+    step = rounding_step(k, tile_k, 1.0 - sparsity)
+    steps = min(int((1.0 - sparsity) * k * groups * (1 + 1e-9) / step), groups * -(-k // step))
+    counts = np.full(groups, steps // max(1, groups))
+    counts[: steps % max(1, groups)] += 1
+    counts = np.full(groups, k) if sparsity == 0.0 else np.minimum(counts * step, k)
     indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
     indices = np.empty(indptr[-1], dtype=np.int32)
     for g in range(groups):
@@ -201,14 +203,9 @@ def random_layer(
     values = np.zeros((len(indices), v), dtype=np.float32)
     empty = ShflBWMatrix((m, k), options.block, indptr, indices, values, rng.permutation(m).astype(np.int32))
     layer = ShflLinear.from_packed(empty, torch.zeros(m) if bias else None, device=device, requires_grad=False)
-    layer = layer.to(device=device, dtype=dtype)
+    layer = layer.to(dtype)
     # The places of rows that the last group does not have stay zero.
     last = int(indptr[-2]) if m % v and groups else len(indices)
     with torch.no_grad():
         layer.values[:last].normal_(std=k**-0.5)
     return layer
-
-
-def with_sparsity(options: Options, value: float) -> Options:
-    """The options with one sparsity for all layers."""
-    return replace(options, sparsity=value)

@@ -67,6 +67,8 @@ def find_layers(
         parameters = dict(module.named_parameters(recurse=False))
         parametrised = parametrize.is_parametrized(module)
         weight = next((p for p in parameters.values() if p.dim() >= 2), None)
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # spoken for by the module whose weight it holds
         if weight is None and not parametrised and not isinstance(module, ShflLinear):
             continue
         reason = _reason(model, module, [name, *aliases], block, ignore, filter_fn, owners)

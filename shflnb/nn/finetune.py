@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..arrays import host_array
 from ..errors import ArgumentError, ShflnbError
-from ..patterns import prune
+from ..patterns import PruneResult, cubic_sparsity, prune, update_mask
 from .convert import finish_patterns
 from .decide import Options, sparsity_of
 from .eligible import FilterFn, find_layers
@@ -47,12 +47,22 @@ class ShflMask(nn.Module):
         """Assigning to `layer.weight` sets the weight below the mask."""
         return weight
 
-    def set_mask(self, mask: torch.Tensor, row_perm: np.ndarray, retained: float) -> None:
+    def set_result(self, found: PruneResult) -> None:
         """Take over what a search found."""
+        mask = found.mask if isinstance(found.mask, torch.Tensor) else torch.from_numpy(found.mask)
         with torch.no_grad():
             self.mask.copy_(mask)
-            self.row_perm.copy_(torch.from_numpy(row_perm))
-        self.retained = retained
+            self.row_perm.copy_(torch.from_numpy(found.row_perm))
+        self.retained = found.retained
+
+    def result(self) -> PruneResult | None:
+        """The mask as a `PruneResult` (without a weight) for the next search; None while nothing is masked."""
+        if bool(self.mask.all()):
+            return None
+        mask = self.mask if self.mask.is_cuda else host_array(self.mask)
+        row_perm = host_array(self.row_perm)
+        counts = host_array(self.mask)[row_perm[:: self.block[0]]].sum(axis=1)
+        return PruneResult(None, mask, row_perm, counts, self.retained, self.block)
 
 
 class Preparation:
@@ -68,7 +78,7 @@ class Preparation:
     @property
     def progress(self) -> float:
         """Part of the final sparsity that is asked for now, 0 to 1: the cubic curve at the current step."""
-        return cubic_sparsity(self.done, final=1.0, steps=self.steps)
+        return cubic_sparsity(self.done, start=0, end=self.steps, final=1.0) if self.steps else 1.0
 
     def step(self) -> bool:
         """Count one optimiser step; every `every` steps, and at the last, search the masks anew. Returns whether it did."""
@@ -79,24 +89,27 @@ class Preparation:
         return due
 
     def refresh(self) -> None:
-        """Search all masks for the sparsity of the current step; weights that are kept now have the edge of `hysteresis`."""
-        last = self.done >= self.steps
+        """Set all masks for the sparsity of the current step.
+
+        The first time the search finds the groups; after that they stay unless a new search keeps 2 % more, and columns
+        that are kept now count `1 + hysteresis` times (`shflnb.patterns.update_mask`).
+        """
         for name, mask in self.layers.items():
-            weight = self._original(name)
             target = sparsity_of(name, self.options) * self.progress
-            scores = weight.abs().float()
-            scores = torch.where(mask.mask, scores * (1.0 + self.hysteresis), scores)
-            settings = dict(self.options.prune)
-            if not last:
-                settings["quality"] = "fast"
             try:
-                found = prune(weight, sparsity=target, block=self.options.block, score=scores, **settings)
+                mask.set_result(self._search(mask, self._original(name), target))
             except ShflnbError as error:
                 raise type(error)(f"layer {name}: {error}") from error
-            kept = found.mask if isinstance(found.mask, torch.Tensor) else torch.from_numpy(found.mask)
-            total = float(weight.abs().double().sum())
-            retained = float((weight.abs().double() * kept).sum()) / total if total else 1.0
-            mask.set_mask(kept, found.row_perm, retained)
+
+    def _search(self, mask: ShflMask, weight: torch.Tensor, sparsity: float) -> PruneResult:
+        options = dict(self.options.prune)
+        previous = mask.result()
+        if previous is None:
+            return prune(weight, sparsity=sparsity, block=self.options.block, **options)
+        regroup = None if options.pop("search") == "identity" else 0.02
+        if self.done < self.steps:
+            options["quality"] = "fast"
+        return update_mask(weight, previous, sparsity=sparsity, hysteresis=self.hysteresis, regroup=regroup, **options)
 
     def _original(self, name: str) -> torch.Tensor:
         return self.model.get_submodule(name).parametrizations.weight.original.detach()
@@ -112,15 +125,6 @@ class Preparation:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where a saved run stood, after the model's own `load_state_dict`."""
         self.done = int(state["done"])
-
-
-def cubic_sparsity(step: int, *, final: float, steps: int) -> float:
-    """`final * (1 - (1 - step / steps) ** 3)`: rises fast at first, when much is superfluous.
-
-    Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878.
-    """
-    left = 1.0 - min(1.0, max(0, step) / steps) if steps > 0 else 0.0
-    return final * (1.0 - left**3)
 
 
 def prepare(

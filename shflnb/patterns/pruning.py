@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -175,7 +176,7 @@ def find_grouping(
     if search == "identity":
         return evaluate(xp, s, given, limits)
     order = content_order(xp, s)
-    s = xp.take_rows(s, order)
+    s = _in_safe_range(xp, xp.take_rows(s, order))
     if search == "paper":
         found = search_paper(xp, s, limits, seed=seed)
     else:
@@ -183,6 +184,14 @@ def find_grouping(
     labels = xp.copy(found.labels)
     labels[order] = found.labels
     return Grouping(labels, found.keep, found.kept_score)
+
+
+def _in_safe_range(xp: Backend, s: Any) -> Any:
+    """`s`, times a power of two where sums and products of its values could leave the range of float32."""
+    peak = float(s.max())
+    if 2.0**-40 <= peak <= 2.0**40 or peak == 0.0:
+        return s
+    return s * xp.full((1,), 2.0 ** -max(-120, min(120, math.frexp(peak)[1])))
 
 
 def content_order(xp: Backend, s: Any) -> Any:

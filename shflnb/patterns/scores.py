@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arrays import dtype_of, host_array, kind_of
 from ..errors import ArgumentError, DtypeError, ShapeError
+from .backend import backend_of
 
 __all__ = ["SCORES", "input_norm", "score_matrix"]
 
@@ -147,8 +148,8 @@ def _fitting(x: Any, base: Any, what: str) -> Any:
 
 
 def _refuse_non_finite(x: Any, what: str) -> None:
-    # A sum is finite only if all terms are: one pass that makes no temporary, and the slow look only on failure.
-    if np.isfinite(float(x.sum())):
+    # A sum in double precision is finite only if all terms are: one pass without a temporary, the slow look on failure.
+    if np.isfinite(backend_of(x).total(x)):
         return
     host = host_array(x)
     bad = np.argwhere(~np.isfinite(host))

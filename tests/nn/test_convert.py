@@ -373,3 +373,15 @@ def test_parametrised_by_prepare_is_told_to_finalize() -> None:
     report = sparsify_(model, 0.5, policy="always", **FAST)
     assert report.rows[0].reason == "parametrised (ShflMask): call finalize() first"
     assert parametrize.is_parametrized(model[0])
+
+
+def test_one_budget_for_the_whole_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[1].weight[:, 16:] *= 0.01
+    report = sparsify_(model, 0.5, policy="always", budget="model", **FAST)
+    assert report["0"].sparsity < 0.3 and report["1"].sparsity > 0.7
+    assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ArgumentError, match="budget='model' compares the scores"):
+        sparsify_(GatedMLP(), 0.5, score=lambda w: w.abs(), budget="model", **FAST)

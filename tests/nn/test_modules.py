@@ -113,8 +113,10 @@ def test_deepcopy_and_moves() -> None:
     layer, x = make_layer(activation="relu"), torch.randn(3, 96)
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), layer(x)) and twin.values is not layer.values
-    for moved, dtype in ((twin.half(), torch.float16), (twin.bfloat16(), torch.bfloat16), (twin.to(torch.float64), torch.float64)):
+    for move, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64)):
+        moved = getattr(copy.deepcopy(layer), move)()
         assert moved(x.to(dtype)).dtype == dtype and moved.indices.dtype == torch.int32 and moved.indptr.dtype == torch.int64
+        torch.testing.assert_close(moved(x.to(dtype)).float(), layer(x), rtol=0.05, atol=0.05)
     meta = copy.deepcopy(layer).to("meta")
     assert meta(torch.empty(3, 96, device="meta")).shape == (3, 80)
 

@@ -1,0 +1,341 @@
+"""The tables of README.md and docs/performance.md, made from the CSVs in `results/`; Markdown text and nothing else.
+
+Every function takes the rows of all CSVs and returns the block between two markers. Where a CSV is absent the block
+says which program would write it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cases import BARS, PEER_SHAPES, bar_of
+
+__all__ = ["TABLES", "Data", "absent", "markdown"]
+
+Row = dict[str, str]
+V_SHOWN = (32, 64, 128)
+README_CASES = [
+    (4096, 4096, 4096, (0.5, 0.75, 0.875)), (8192, 8192, 8192, (0.75,)), (2048, 2048, 4096, (0.75,)),
+    (28672, 4096, 4096, (0.75,)), (4096, 14336, 4096, (0.75,)), (3072, 1024, 4096, (0.75,)),
+    (4096, 1024, 4096, (0.75,)), (1024, 4096, 4096, (0.75,)),
+]  # fmt: skip
+BASELINE = "Speed-up over the better of `W @ X` and `F.linear`"
+N_RANGES = ((1, 8), (9, 64), (65, 512), (513, 2048), (2049, 10**9))
+
+
+@dataclass
+class Data:
+    """All rows by kind of CSV ("spmm", "peers", "host", "cpu", ...), and the machines' JSONs by "<machine>.<kind>"."""
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    machines: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, kind: str) -> list[Row]:
+        """Rows of a kind; empty where no CSV of it exists."""
+        return self.rows.get(kind, [])
+
+
+def absent(script: str, needs: str = "") -> str:
+    """What stands where there is nothing to show."""
+    return f"*Not measured yet{needs}: `python benchmarks/{script}` writes what this table shows.*\n"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are aligned left, the others right."""
+    lines = [
+        "| " + " | ".join(header) + " |",
+        "|" + "".join("---|" if i < left else "--:|" for i in range(len(header))),
+    ]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def ratio(text: str) -> str:
+    """ "2.3456" -> "2.35x"; nothing for nothing."""
+    return f"{float(text):.2f}x" if text else "-"
+
+
+def micros(text: str) -> str:
+    """Microseconds with three digits: "94.7 us", "1.45 ms"."""
+    if not text:
+        return "-"
+    us = float(text)
+    if us < 1e3:
+        return f"{us:.3g} us"
+    return f"{us / 1e3:.3g} ms" if us < 1e6 else f"{us / 1e6:.3g} s"
+
+
+def percent(text: str) -> str:
+    """ "0.875" -> "87.5 %"."""
+    return f"{100 * float(text):g} %"
+
+
+def product_name(row: Row) -> str:
+    """ "4096 x 4096 x 4096 (llm/o)"."""
+    name = row["name"]
+    sizes = f"{row['m']} x {row['k']}, n = {row['n']}"
+    return sizes if name.startswith(("square", "wide", "skinny")) else f"{name}, {sizes}"
+
+
+def plain(rows: Iterable[Row], **wanted: str) -> list[Row]:
+    """Sparse rows of warm fp16 `matmul` on equal groups with the kernel that shflnb chooses, but for `wanted`."""
+    usual = {"what": "shflnb", "dtype": "float16", "op": "matmul", "groups": "equal", "kernel": "", "inputs": "warm"}
+    return [r for r in rows if all(r[key] == value for key, value in (usual | wanted).items())]
+
+
+def find(rows: Iterable[Row], m: int, k: int, n: int, sparsity: float, v: int | None = None) -> Row | None:
+    """The first row of a product."""
+    for r in rows:
+        if (int(r["m"]), int(r["k"]), int(r["n"]), float(r["sparsity"])) == (m, k, n, sparsity) and (
+            v is None or int(r["v"]) == v
+        ):
+            return r
+    return None
+
+
+def conditions(rows: Sequence[Row], data: Data, kind: str) -> str:
+    """One sentence about the GPU and the run."""
+    gpu = rows[0]["gpu"]
+    found = data.machines.get(f"{gpu}.{kind}", {})
+    name = found.get("gpu", {}).get("name", gpu)
+    smi = found.get("gpu", {}).get("nvidia_smi", {})
+    driver = f", driver {smi['driver_version']}" if smi.get("driver_version") else ""
+    torch = found.get("packages", {}).get("torch")
+    dates = sorted({r["date"] for r in rows})
+    library = f", torch {torch}" if torch else ""
+    return f"{name}{driver}{library}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+
+
+# -- GPU --------------------------------------------------------------------------------------------------------------
+
+
+def gpu(data: Data) -> str:
+    """README: the headline table."""
+    rows = plain(data.of("spmm"))
+    if not rows:
+        return absent("bench_spmm.py --full", " on a GPU")
+    lines = []
+    for m, k, n, sparsities in README_CASES:
+        for sparsity in sparsities:
+            by_v = {v: find(rows, m, k, n, sparsity, v) for v in V_SHOWN}
+            some = next((r for r in by_v.values() if r), None)
+            if some is None:
+                continue
+            cells = [ratio(r["speedup"]) if r else "-" for r in by_v.values()]
+            dense = f"{micros(some['dense_us'])}, {float(some['dense_tflops']):.0f} TFLOP/s"
+            lines.append(
+                [product_name(some), percent(str(sparsity)), dense, *cells, best_peer(data, m, k, n, sparsity)]
+            )
+    header = [
+        "weight (m x k), columns n",
+        "zeros",
+        "dense (cuBLAS)",
+        *(f"v = {v}" for v in V_SHOWN),
+        "best other library",
+    ]
+    text = markdown(header, lines, left=1)
+    return f"{BASELINE}, float16, device time, warm; {conditions(rows, data, 'spmm')}.\n\n{text}"
+
+
+def best_peer(data: Data, m: int, k: int, n: int, sparsity: float) -> str:
+    """The fastest other sparse library at the same sparsity."""
+    found = [
+        r for r in data.of("peers")
+        if (int(r["m"]), int(r["k"]), int(r["n"]), float(r["sparsity"])) == (m, k, n, sparsity)
+        and r["speedup"] and not r["peer"].startswith(("shflnb", "Triton gather"))
+    ]  # fmt: skip
+    if not found:
+        return "-"
+    best = max(found, key=lambda r: float(r["speedup"]))
+    return f"{ratio(best['speedup'])} ({best['peer']})"
+
+
+def bars(data: Data) -> str:
+    """Every case with a bar: what was reached, of which roof, and whether it holds."""
+    rows = [r for op in ("matmul", "linear") for r in plain(data.of("spmm"), op=op)]
+    if not rows:
+        return absent("bench_spmm.py --quick", " on a GPU")
+    lines, missed = [], 0
+    wanted = {sparsity for _, sparsity, _ in BARS}
+    for r in rows:
+        bar = bar_of(r["name"], int(r["n"]), float(r["sparsity"]), r["op"], int(r["v"]))
+        if bar is None or float(r["sparsity"]) not in wanted or not r["speedup"]:
+            continue
+        must, aim = bar
+        reached = float(r["speedup"])
+        verdict = "aim" if aim is not None and reached >= aim else "met" if reached >= must else "**missed**"
+        missed += reached < must
+        operation = " (`linear`, token-major)" if r["op"] == "linear" else ""
+        lines.append([
+            product_name(r) + operation, percent(r["sparsity"]), r["v"], micros(r["median_us"]), ratio(r["speedup"]),
+            f"{must:g}x / {aim:g}x" if aim else f"{must:g}x", verdict,
+            f"{float(r['percent_of_roof']):.0f} %, {r['roof_by']}",
+        ])  # fmt: skip
+    header = ["product", "zeros", "v", "time", "speed-up", "bar / aim", "verdict", "of the roof, set by"]
+    text = f"{len(lines) - missed} of {len(lines)} bars met; {conditions(rows, data, 'spmm')}."
+    return f"{text}\n\n{markdown(header, lines)}"
+
+
+def variants(data: Data) -> str:
+    """What bfloat16, unequal groups, the portable kernel and cold inputs cost, against the plain case."""
+    rows = data.of("spmm")
+    base = plain(rows)
+    kinds = {
+        "bfloat16": plain(rows, dtype="bfloat16"),
+        "unequal groups, same total": plain(rows, groups="spread"),
+        "`spmm_sm80` (mma.sync), forced": plain(rows, kernel="sm80"),
+        "inputs rotated past L2": plain(rows, inputs="rotated"),
+    }
+    lines = []
+    for kind, found in kinds.items():
+        best: dict[tuple[str, ...], Row] = {}
+        for r in found:  # of several forced configs the fastest counts
+            key = (r["m"], r["k"], r["n"], r["sparsity"], r["v"])
+            if r["median_us"] and (key not in best or float(r["median_us"]) < float(best[key]["median_us"])):
+                best[key] = r
+        for r in best.values():
+            usual = find(base, int(r["m"]), int(r["k"]), int(r["n"]), float(r["sparsity"]), int(r["v"]))
+            against = "-"
+            if usual and usual["median_us"]:
+                against = f"{100 * (float(r['median_us']) / float(usual['median_us']) - 1):+.1f} %"
+            lines.append([kind, product_name(r), percent(r["sparsity"]), r["v"], micros(r["median_us"]), against,
+                          ratio(r["speedup"])])  # fmt: skip
+    if not lines:
+        return absent("bench_spmm.py --quick", " on a GPU")
+    header = ["variant", "product", "zeros", "v", "time", "against the plain case", "over its own dense"]
+    return markdown(header, lines, left=2)
+
+
+def peers(data: Data) -> str:
+    """Every peer on every shape; why one is missing."""
+    rows = data.of("peers")
+    if not rows:
+        return absent("bench_peers.py", " on a GPU")
+    columns = [(s, sparsity) for s in PEER_SHAPES for sparsity in (0.5, 0.75, 0.875)]
+    parts = [f"{BASELINE}, float16, device time; {conditions(rows, data, 'peers')}.\n"]
+    names = list(dict.fromkeys(r["peer"] for r in rows))
+    for shape in PEER_SHAPES:
+        lines = []
+        for name in names:
+            mine = [r for r in rows if r["peer"] == name and (int(r["m"]), int(r["k"]), int(r["n"])) ==
+                    (shape.m, shape.k, shape.n)]  # fmt: skip
+            if not mine:
+                continue
+            cells = []
+            for _, sparsity in (c for c in columns if c[0] == shape):
+                r = next((r for r in mine if float(r["sparsity"]) in (sparsity, 0.0) and r["speedup"]), None)
+                cells.append(ratio(r["speedup"]) if r else "-")
+            timed = [r for r in mine if r["speedup"]]
+            eager = max((float(r["eager_us"]) for r in timed), default=None)
+            error = max((float(r["error"]) for r in timed), default=None)
+            lines.append([name, mine[0]["pattern"], *cells, "-" if eager is None else micros(str(eager)),
+                          "-" if error is None else f"{error:.0e}"])  # fmt: skip
+        if lines:
+            header = ["", "pattern", "50 %", "75 %", "87.5 %", "eager call, slowest", "error"]
+            parts.append(
+                f"**{shape.m} x {shape.k}, n = {shape.n}** ({shape.name})\n\n{markdown(header, lines, left=2)}"
+            )
+    why = dict.fromkeys(f"- {r['peer']}: {r['note']}" for r in rows if r["note"])
+    if why:
+        parts.append("\n".join(why) + "\n")
+    return "\n".join(parts)
+
+
+def small_n(data: Data) -> str:
+    """Few columns: time, speed-up and bandwidth."""
+    rows = [r for r in plain(data.of("spmm")) if int(r["n"]) <= 64 and float(r["sparsity"]) == 0.75 and r["speedup"]]
+    if not rows:
+        return absent("bench_spmm.py --full", " on a GPU")
+    keys = list(dict.fromkeys((r["m"], r["k"], r["n"]) for r in rows))
+    lines = []
+    for m, k, n in keys:
+        by_v = {v: find(rows, int(m), int(k), int(n), 0.75, v) for v in V_SHOWN}
+        some = next(r for r in by_v.values() if r)
+        cells = [f"{ratio(r['speedup'])}, {float(r['gbps']):.0f} GB/s" if r else "-" for r in by_v.values()]
+        lines.append([f"{m} x {k}, n = {n}", micros(some["dense_us"]), *cells])
+    return markdown(["product, 75 %", "dense", *(f"v = {v}" for v in V_SHOWN)], lines)
+
+
+def no_help(data: Data) -> str:
+    """Where the sparse product is slow: the least and the median speed-up by columns, sparsity and v."""
+    rows = [r for r in plain(data.of("spmm")) if r["speedup"]]
+    if not rows:
+        return absent("bench_spmm.py --full", " on a GPU")
+    sparsities = sorted({float(r["sparsity"]) for r in rows})
+    lines = []
+    for low, high in N_RANGES:
+        for v in V_SHOWN:
+            cells = []
+            for sparsity in sparsities:
+                here = [r for r in rows if low <= int(r["n"]) <= high and int(r["v"]) == v]
+                found = [float(r["speedup"]) for r in here if float(r["sparsity"]) == sparsity]
+                if not found:
+                    cells.append("-")
+                    continue
+                least = f"{min(found):.2f}"
+                cells.append(f"{f'**{least}**' if min(found) < 1 else least} / {statistics.median(found):.2f}")
+            if any(c != "-" for c in cells):
+                lines.append([f"{low} to {high}" if high < 10**9 else f"{low} and more", str(v), *cells])
+    slow = [r for r in rows if float(r["speedup"]) < 1]
+    text = f"{len(slow)} of {len(rows)} measured products are slower than dense (least speed-up below 1 in bold).\n\n"
+    return text + markdown(["n", "v", *(percent(str(s)) for s in sparsities)], lines, left=1)
+
+
+# -- host, CPU, search, machines --------------------------------------------------------------------------------------
+
+
+def host(data: Data) -> str:
+    """Host cost of a call."""
+    rows = data.of("host")
+    if not rows:
+        return absent("bench_host_cost.py")
+    lines = [[r["machine"], r["what"], micros(r["median_us"]) if r["median_us"] else r["note"],
+              f"{micros(r['p10_us'])} to {micros(r['p90_us'])}" if r["p10_us"] else "-"] for r in rows]  # fmt: skip
+    return markdown(["machine", "call", "median", "10th to 90th percentile"], lines, left=2)
+
+
+def cpu(data: Data) -> str:
+    """README: the CPU table."""
+    rows = data.of("cpu")
+    if not rows:
+        return absent("bench_cpu.py")
+    first = rows[0]
+    features = " with AVX-512" if "avx512f" in first.get("features", "") else ""
+    lines = []
+    for r in rows:
+        times = [float(r[key]) for key in ("numpy_ms", "torch_ms") if r.get(key)]
+        lines.append([
+            f"{r['m']} x {r['k']}, n = {r['n']}", percent(r["sparsity"]), r["v"], r["dtype"], r["layout"],
+            micros(str(1e3 * min(times))), micros(str(1e3 * float(r["sparse_ms"]))), ratio(r["speedup"]),
+        ])  # fmt: skip
+    header = ["product", "zeros", "v", "dtype", "layout", "dense", "shflnb", "speed-up"]
+    return (
+        f"Against the better of NumPy and torch on the same dtype; {first['processor']}{features}, {first['threads']} "
+        f"threads, {first['date']}.\n\n{markdown(header, lines)}"
+    )
+
+
+def machines(data: Data) -> str:
+    """Where and with what each CSV was measured."""
+    if not data.machines:
+        return absent("bench_spmm.py")
+    lines = []
+    for name, found in sorted(data.machines.items()):
+        gpu_found, smi = found.get("gpu", {}), found.get("gpu", {}).get("nvidia_smi", {})
+        after = found.get("nvidia_smi_after", {})
+        where = gpu_found.get("name") or f"{found['cpu']['name']}, {found['cpu']['cores']} cores"
+        versions = ", ".join(f"{n} {v}" for n, v in found["packages"].items() if v and n in
+                             ("torch", "triton", "numba", "numba-cuda", "cuda-core", "numpy"))  # fmt: skip
+        clocks = f"SM {after.get('clocks.sm', '-')} after, {smi.get('clocks.max.sm', '-')} at most" if smi else "-"
+        driver = smi.get("driver_version", "-")
+        lines.append([name, where, driver, clocks, versions, found["date"][:10], f"{found.get('seconds', 0):.0f} s"])
+    return markdown(["run", "machine", "driver", "clocks", "versions", "date", "took"], lines, left=7)
+
+
+TABLES: dict[str, Callable[[Data], str]] = {
+    "gpu": gpu, "cpu": cpu, "bars": bars, "variants": variants, "peers": peers, "small_n": small_n, "no_help": no_help,
+    "host": host, "machines": machines,
+}  # fmt: skip
