@@ -1,7 +1,7 @@
 """What every product kernel does with its results: bias, activation, residual, and the store of 8 columns of a row.
 
-Device functions, built per dtype and epilogue. The value is `activation(acc + bias)` in float32, rounded once to the
-output dtype; a residual is then added in float32 and the sum rounded again, as `F.linear(...) + residual` rounds.
+Device functions, built per dtype and epilogue. The result is `activation(acc + bias) + residual`, evaluated in float32 and
+rounded once to the output dtype.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from .ptx import (
     instruction,
     ld_global_nc_f32,
     ld_global_u16,
-    ld_global_v4,
-    pack_pair,
+    ld_global_u32,
     st_global_u16,
     st_global_v4,
     unpack_high,
@@ -25,7 +24,7 @@ from .ptx import (
 )
 
 __all__ = ["ALIGNED", "BIAS_F32", "HAS_BIAS", "HAS_RESIDUAL", "NO_ROW", "make_activation", "make_load_bias",
-           "make_store_chunk"]  # fmt: skip
+           "make_load_residual", "store_chunk"]  # fmt: skip
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
 
@@ -94,48 +93,48 @@ def make_load_bias(dtype: str) -> Callable[..., Any]:
     return cuda.jit(device=True, forceinline=True)(load_bias)
 
 
-def make_store_chunk(dtype: str, epilogue: str) -> Callable[..., Any]:
-    """Device function that stores 8 consecutive columns (4 words of two values) of an output row, adding the residual.
+def make_load_residual(dtype: str) -> Callable[..., Any]:
+    """Device function (residual address, row, column, n, ldr, flags) -> two float32, of this column and the next.
 
-    Columns at n and beyond are not touched; a row of `NO_ROW` is skipped.
+    0 beyond n and for rows that do not exist; neither is read.
     """
-    pack, low, high = pack_pair[dtype], unpack_low[dtype], unpack_high[dtype]
-    plain = epilogue == "plain"
+    low, high = unpack_low[dtype], unpack_high[dtype]
 
-    @cuda.jit(device=True, forceinline=True)
-    def add_words(a, b):
-        return pack(low(a) + low(b), high(a) + high(b))
+    def load_residual(residual, row, col, n, ldr, flags):
+        first, second = f32(0.0), f32(0.0)
+        if row != u32(NO_ROW) and col < n:
+            at = residual + u64(row) * ldr * u64(2) + u64(col) * u64(2)
+            if flags & u32(ALIGNED) and (col & u32(1)) == u32(0) and u32(col + u32(1)) < n:
+                pair = ld_global_u32(at)
+                first, second = low(pair), high(pair)
+            else:
+                first = low(u32(ld_global_u16(at)))
+                if u32(col + u32(1)) < n:
+                    second = low(u32(ld_global_u16(at + u64(2))))
+        return first, second
 
-    @cuda.jit(device=True, forceinline=True)
-    def add_half(half, residual, flags):
-        if plain or (flags & u32(HAS_RESIDUAL)) == u32(0):
-            return half
-        other = u32(ld_global_u16(residual))
-        return u16(pack(low(u32(half)) + low(other), f32(0.0)) & u32(0xFFFF))
+    return cuda.jit(device=True, forceinline=True)(load_residual)
 
-    @cuda.jit(device=True, forceinline=True)
-    def store_word(word, out, residual, room, flags):
-        if room > u32(0):
-            st_global_u16(out, add_half(u16(word & u32(0xFFFF)), residual, flags))
-        if room > u32(1):
-            st_global_u16(out + u64(2), add_half(u16(word >> u32(16)), residual + u64(2), flags))
 
-    def store_chunk(w0, w1, w2, w3, row, col, n, out, ldo, residual, ldr, flags):
-        if row == u32(NO_ROW) or col >= n:
-            return
-        target = out + u64(row) * ldo * u64(2) + u64(col) * u64(2)
-        source = residual + u64(row) * ldr * u64(2) + u64(col) * u64(2)
-        room = u32(n - col)
-        if room >= u32(8) and flags & u32(ALIGNED):
-            if not plain:
-                if flags & u32(HAS_RESIDUAL):
-                    r = ld_global_v4(source)
-                    w0, w1, w2, w3 = add_words(w0, r[0]), add_words(w1, r[1]), add_words(w2, r[2]), add_words(w3, r[3])
-            st_global_v4(target, w0, w1, w2, w3)
-        else:
-            store_word(w0, target, source, room, flags)
-            store_word(w1, target + u64(4), source + u64(4), u32(room - u32(2)) if room > u32(2) else u32(0), flags)
-            store_word(w2, target + u64(8), source + u64(8), u32(room - u32(4)) if room > u32(4) else u32(0), flags)
-            store_word(w3, target + u64(12), source + u64(12), u32(room - u32(6)) if room > u32(6) else u32(0), flags)
+@cuda.jit(device=True, forceinline=True)
+def _store_word(word, out, room):
+    if room > u32(0):
+        st_global_u16(out, u16(word & u32(0xFFFF)))
+    if room > u32(1):
+        st_global_u16(out + u64(2), u16(word >> u32(16)))
 
-    return cuda.jit(device=True, forceinline=True)(store_chunk)
+
+@cuda.jit(device=True, forceinline=True)
+def store_chunk(w0, w1, w2, w3, row, col, n, out, ldo, flags):
+    """Store 8 consecutive columns (4 words of two values) of an output row; columns from n on and `NO_ROW` are skipped."""
+    if row == u32(NO_ROW) or col >= n:
+        return
+    target = out + u64(row) * ldo * u64(2) + u64(col) * u64(2)
+    room = u32(n - col)
+    if room >= u32(8) and flags & u32(ALIGNED):
+        st_global_v4(target, w0, w1, w2, w3)
+    else:
+        _store_word(w0, target, room)
+        _store_word(w1, target + u64(4), u32(room - u32(2)) if room > u32(2) else u32(0))
+        _store_word(w2, target + u64(8), u32(room - u32(4)) if room > u32(4) else u32(0))
+        _store_word(w3, target + u64(12), u32(room - u32(6)) if room > u32(6) else u32(0))

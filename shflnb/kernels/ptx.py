@@ -125,6 +125,7 @@ fence_proxy_async = instruction(
 
 # --- plain loads and stores ------------------------------------------------------------------------------------------
 ld_global_u16 = instruction("Load 2 bytes.", "ld.global.u16 $0, [$1];", (u64,), "=h,l,~{memory}", types.uint16)
+ld_global_u32 = instruction("Load 4 bytes.", "ld.global.u32 $0, [$1];", (u64,), "=r,l,~{memory}", u32)
 ld_global_nc_u32 = instruction(
     "Load 4 bytes of read-only data.", "ld.global.nc.u32 $0, [$1];", (u64,), "=r,l", u32)  # fmt: skip
 ld_global_nc_f32 = instruction(

@@ -6,10 +6,13 @@ A new kernel family adds one function to `FAMILIES`; what a family lists here is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from .config import EPILOGUES
+from .config import EPILOGUES, smem_limit
 from .launch import KernelSpec
 from .select import candidates
+from .skinny_plan import RECORDS_IN_FLIGHT_KB, SkinnyConfig, sum_spec, warps_of
+from .skinny_plan import kernel_spec as skinny_spec
 from .spmm_device import copy_spec, kernel_spec, transpose_spec
 
 __all__ = ["FAMILIES", "TARGETS", "all_specs", "capability_of"]
@@ -39,7 +42,29 @@ def _moves(arch: str) -> Iterator[KernelSpec]:
         yield copy_spec()
 
 
-FAMILIES: tuple[Callable[[str], Iterator[KernelSpec]], ...] = (_products, _moves)
+def _few_columns(arch: str) -> Iterator[KernelSpec]:
+    """What `skinny_plan.choose_config` takes, at the depth it starts from."""
+    if arch.endswith("a"):
+        return
+    capability = capability_of(arch)
+    has_clusters = capability[0] >= 9
+    for v in (16, 32, 64, 128):
+        warps = warps_of(v)
+        for chunks in (1, 2, 4, 8):
+            for finish, slots in (("block", "shared"), ("block", "global"), *(
+                (("cluster", "shared"), ("cluster", "global")) if has_clusters else (("none", "global"),)
+            )):  # fmt: skip
+                for dtype in ("float16", "bfloat16"):
+                    for epilogue in EPILOGUES:
+                        shallow = SkinnyConfig(v, chunks, warps, 2, finish, slots, dtype, epilogue, is_chained=has_clusters)
+                        depth = 1 + RECORDS_IN_FLIGHT_KB * 1024 // (warps * shallow.record_bytes)
+                        config = replace(shallow, depth=max(3, min(9, depth)))
+                        yield skinny_spec(config, smem_limit(capability))
+                        if finish == "none":
+                            yield sum_spec(config)
+
+
+FAMILIES: tuple[Callable[[str], Iterator[KernelSpec]], ...] = (_products, _few_columns, _moves)
 
 
 def all_specs(arch: str) -> list[KernelSpec]:

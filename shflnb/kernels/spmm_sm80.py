@@ -25,7 +25,7 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import Config
-from .epilogue import make_activation, make_load_bias, make_store_chunk
+from .epilogue import HAS_RESIDUAL, make_activation, make_load_bias, make_load_residual, store_chunk
 from .ptx import (
     cp_async_16,
     cp_async_16_unless_negative,
@@ -117,23 +117,34 @@ def make_drain(config: Config, mi: int) -> Callable[..., Any]:
     n_pairs, warp_n = config.sm80_warp_n // 16, config.sm80_warp_n
     plain = config.epilogue == "plain"
     activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
-    store_chunk, pack = make_store_chunk(config.dtype, config.epilogue), pack_pair[config.dtype]
+    load_residual, pack = make_load_residual(config.dtype), pack_pair[config.dtype]
     pitch = warp_n * 2 + 16
     row_chunks = warp_n // 8
     stores = 16 * row_chunks // 32
 
     def drain(acc, rows, packed_row, staging, lane, column, n, out, bias, residual, ldo, ldr, flags):
         first = u32(packed_row + u32(16 * mi))
-        bias_low, bias_high = f32(0.0), f32(0.0)
+        row_low, row_high, bias_low, bias_high = u32(0), u32(0), f32(0.0), f32(0.0)
         if not plain:
-            bias_low = load_bias(bias, ld_global_nc_u32(rows + u64(first + (lane >> u32(2))) * u64(4)), flags)
-            bias_high = load_bias(bias, ld_global_nc_u32(rows + u64(first + (lane >> u32(2)) + u32(8)) * u64(4)), flags)
+            row_low = ld_global_nc_u32(rows + u64(first + (lane >> u32(2))) * u64(4))
+            row_high = ld_global_nc_u32(rows + u64(first + (lane >> u32(2)) + u32(8)) * u64(4))
+            bias_low, bias_high = load_bias(bias, row_low, flags), load_bias(bias, row_high, flags)
         at = u32(staging + (lane >> u32(2)) * u32(pitch) + (lane & u32(3)) * u32(4))
         for ni in range(2 * n_pairs):
             a = (mi * 2 * n_pairs + ni) * 4
-            st_shared_u32(u32(at + u32(16 * ni)), pack(activation(acc[a] + bias_low), activation(acc[a + 1] + bias_low)))
-            st_shared_u32(u32(at + u32(16 * ni + 8 * pitch)),
-                          pack(activation(acc[a + 2] + bias_high), activation(acc[a + 3] + bias_high)))  # fmt: skip
+            if not plain:
+                acc[a], acc[a + 1] = activation(acc[a] + bias_low), activation(acc[a + 1] + bias_low)
+                acc[a + 2], acc[a + 3] = activation(acc[a + 2] + bias_high), activation(acc[a + 3] + bias_high)
+                if flags & u32(HAS_RESIDUAL):
+                    col = u32(column + u32(8 * ni) + (lane & u32(3)) * u32(2))
+                    r0, r1 = load_residual(residual, row_low, col, n, ldr, flags)
+                    r2, r3 = load_residual(residual, row_high, col, n, ldr, flags)
+                    acc[a] += r0
+                    acc[a + 1] += r1
+                    acc[a + 2] += r2
+                    acc[a + 3] += r3
+            st_shared_u32(u32(at + u32(16 * ni)), pack(acc[a], acc[a + 1]))
+            st_shared_u32(u32(at + u32(16 * ni + 8 * pitch)), pack(acc[a + 2], acc[a + 3]))
         warp_sync()
         for q in range(stores):
             i = u32(lane + u32(32 * q))
@@ -141,7 +152,7 @@ def make_drain(config: Config, mi: int) -> Callable[..., Any]:
             c = u32(i % u32(row_chunks))
             target = ld_global_nc_u32(rows + u64(first + r) * u64(4))
             w = ld_shared_v4(u32(staging + r * u32(pitch) + c * u32(16)))
-            store_chunk(w[0], w[1], w[2], w[3], target, u32(column + c * u32(8)), n, out, ldo, residual, ldr, flags)
+            store_chunk(w[0], w[1], w[2], w[3], target, u32(column + c * u32(8)), n, out, ldo, flags)
         warp_sync()
 
     return cuda.jit(device=True, forceinline=True)(drain)

@@ -27,7 +27,7 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import Config
-from .epilogue import make_activation, make_load_bias, make_store_chunk
+from .epilogue import HAS_RESIDUAL, make_activation, make_load_bias, make_load_residual, store_chunk
 from .ptx import (
     bar_sync,
     bulk_copy_g2s,
@@ -255,9 +255,10 @@ def make_drain(config: Config, h: int) -> Callable[..., Any]:
     """
     plain = config.epilogue == "plain"
     activation, pack = make_activation(config.epilogue), pack_pair[config.dtype]
-    store_chunk = make_store_chunk(config.dtype, config.epilogue)
+    load_residual = make_load_residual(config.dtype)
 
-    def drain(acc, targets, matrix_at, chunk_at, bias_low, bias_high, column, n, out, ldo, residual, ldr, flags):
+    def drain(acc, targets, matrix_at, chunk_at, lane, row_low, row_high, bias_low, bias_high, column, n, out, residual, ldo,
+              ldr, flags):  # fmt: skip
         for j in range(4):
             a = (h * 8 + j * 2) * 4
             if not plain:
@@ -266,12 +267,22 @@ def make_drain(config: Config, h: int) -> Callable[..., Any]:
                     acc[a + 4 * e + 1] = activation(acc[a + 4 * e + 1] + bias_low)
                     acc[a + 4 * e + 2] = activation(acc[a + 4 * e + 2] + bias_high)
                     acc[a + 4 * e + 3] = activation(acc[a + 4 * e + 3] + bias_high)
+                if flags & u32(HAS_RESIDUAL):
+                    for e in range(2):
+                        col = u32(column + u32(64 * h + 16 * j + 8 * e) + (lane & u32(3)) * u32(2))
+                        r0, r1 = load_residual(residual, row_low, col, n, ldr, flags)
+                        r2, r3 = load_residual(residual, row_high, col, n, ldr, flags)
+                        acc[a + 4 * e] += r0
+                        acc[a + 4 * e + 1] += r1
+                        acc[a + 4 * e + 2] += r2
+                        acc[a + 4 * e + 3] += r3
             stmatrix_x4(u32(matrix_at + u32(32 * j)), pack(acc[a], acc[a + 1]), pack(acc[a + 2], acc[a + 3]),
                         pack(acc[a + 4], acc[a + 5]), pack(acc[a + 6], acc[a + 7]))  # fmt: skip
         warp_sync()
         for q in range(4):
             w = ld_shared_v4(u32(chunk_at + u32(q * 4 * STAGING_PITCH)))
-            store_chunk(w[0], w[1], w[2], w[3], targets[q], u32(column + u32(64 * h)), n, out, ldo, residual, ldr, flags)
+            col = u32(column + u32(64 * h) + (lane & u32(7)) * u32(8))
+            store_chunk(w[0], w[1], w[2], w[3], targets[q], col, n, out, ldo, flags)
         warp_sync()
 
     return cuda.jit(device=True, forceinline=True)(drain)
@@ -318,14 +329,15 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
         count = entry[2]
         while count > u32(0):
             row = u32(entry[0] * u32(v) + row_offset + warp * u32(16))
-            column = u32(entry[3] * u32(tile_n) + token_offset + (lane & u32(7)) * u32(8))
+            column = u32(entry[3] * u32(tile_n) + token_offset)
             # read where the results go before the main loop: loaded in the epilogue, each of these costs a trip to L2
             for q in range(4):
                 targets[q] = ld_global_nc_u32(rows + u64(row + u32(4 * q) + (lane >> u32(3))) * u64(4))
-            bias_low, bias_high = f32(0.0), f32(0.0)
+            row_low, row_high, bias_low, bias_high = u32(0), u32(0), f32(0.0), f32(0.0)
             if not plain:
-                bias_low = load_bias(bias, ld_global_nc_u32(rows + u64(row + (lane >> u32(2))) * u64(4)), flags)
-                bias_high = load_bias(bias, ld_global_nc_u32(rows + u64(row + (lane >> u32(2)) + u32(8)) * u64(4)), flags)
+                row_low = ld_global_nc_u32(rows + u64(row + (lane >> u32(2))) * u64(4))
+                row_high = ld_global_nc_u32(rows + u64(row + (lane >> u32(2)) + u32(8)) * u64(4))
+                bias_low, bias_high = load_bias(bias, row_low, flags), load_bias(bias, row_high, flags)
             queue += turn_bytes
             entry = ld_global_nc_v4(queue)
             for r in range(registers):
@@ -352,15 +364,50 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
             wait_all()
             if leader:
                 mbarrier_arrive(release)
-            drain0(acc, targets, matrix_at, chunk_at, bias_low, bias_high, column, n, out, ldo, residual, ldr, flags)
+            drain0(acc, targets, matrix_at, chunk_at, lane, row_low, row_high, bias_low, bias_high, column, n, out, residual,
+                   ldo, ldr, flags)  # fmt: skip
             if warp_n > 64:
-                drain1(acc, targets, matrix_at, chunk_at, bias_low, bias_high, column, n, out, ldo, residual, ldr, flags)
+                drain1(acc, targets, matrix_at, chunk_at, lane, row_low, row_high, bias_low, bias_high, column, n, out,
+                       residual, ldo, ldr, flags)  # fmt: skip
             if warp_n > 128:
-                drain2(acc, targets, matrix_at, chunk_at, bias_low, bias_high, column, n, out, ldo, residual, ldr, flags)
-                drain3(acc, targets, matrix_at, chunk_at, bias_low, bias_high, column, n, out, ldo, residual, ldr, flags)
+                drain2(acc, targets, matrix_at, chunk_at, lane, row_low, row_high, bias_low, bias_high, column, n, out,
+                       residual, ldo, ldr, flags)  # fmt: skip
+                drain3(acc, targets, matrix_at, chunk_at, lane, row_low, row_high, bias_low, bias_high, column, n, out,
+                       residual, ldo, ldr, flags)  # fmt: skip
             count = entry[2]
 
     return cuda.jit(device=True, forceinline=True)(consume)
+
+
+def make_finish(config: Config, i: int) -> Callable[..., Any]:
+    """Device function that finishes a warp's 16 tokens of atom i and stages them transposed; one function per i, see
+    `make_drain`."""
+    v, own_n = config.v, config.consumer_n
+    per_atom, pitch = v // 2, own_n * 2 + 16
+    plain = config.epilogue == "plain"
+    activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
+    load_residual, pack = make_load_residual(config.dtype), pack_pair[config.dtype]
+
+    def finish(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags):
+        for j in range(v // 16):
+            a = i * per_atom + j * 8
+            if not plain:
+                for e in range(4):  # element e is row 8 * (e / 2) + e % 2 of the group's 16, for tokens t and t + 8
+                    packed_row = u32(row + u32(16 * j + 8 * (e // 2) + e % 2) + u32(2) * (lane & u32(3)))
+                    own_row = ld_global_nc_u32(rows + u64(packed_row) * u64(4))
+                    own_bias = load_bias(bias, own_row, flags)
+                    first, second = a + 4 * (e // 2) + e % 2, a + 4 * (e // 2) + e % 2 + 2
+                    acc[first] = activation(acc[first] + own_bias)
+                    acc[second] = activation(acc[second] + own_bias)
+                    if flags & u32(HAS_RESIDUAL):
+                        col = u32(column + u32(64 * i) + warp * u32(16) + (lane >> u32(2)))
+                        acc[first] += load_residual(residual, own_row, col, n, ldr, flags)[0]
+                        acc[second] += load_residual(residual, own_row, u32(col + u32(8)), n, ldr, flags)[0]
+            stmatrix_x4_trans(u32(matrix_at + u32(16 * j * pitch + 128 * i)), pack(acc[a], acc[a + 1]),
+                              pack(acc[a + 2], acc[a + 3]), pack(acc[a + 4], acc[a + 5]),
+                              pack(acc[a + 6], acc[a + 7]))  # fmt: skip
+
+    return cuda.jit(device=True, forceinline=True)(finish)
 
 
 def make_consumer_tokens(config: Config) -> Callable[..., Any]:
@@ -376,9 +423,7 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
     atom_step = tile_k * ATOM_BYTES >> 4
     desc_a0 = atom_step << 16 | (8 * ATOM_BYTES >> 4) << 32 | SWIZZLE_128B
     desc_b0 = ((v // 8) * CORE_BYTES >> 4) << 16 | (CORE_BYTES >> 4) << 32
-    plain = config.epilogue == "plain"
-    activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
-    store_chunk, pack = make_store_chunk(config.dtype, config.epilogue), pack_pair[config.dtype]
+    finish0, finish1, finish2, finish3 = (make_finish(config, min(i, atoms - 1)) for i in range(4))
     pitch = own_n * 2 + 16
     row_chunks = own_n // 8
     stores = v * row_chunks // 128  # 16-byte chunks that a thread stores
@@ -438,26 +483,18 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
             wait_all()
             if leader:
                 mbarrier_arrive(release)
-            for j in range(v // 16):
-                biases = cuda.local.array(4, f32)
-                if not plain:
-                    for e in range(4):
-                        packed_row = u32(row + u32(16 * j + 8 * (e // 2) + e % 2) + u32(2) * (lane & u32(3)))
-                        biases[e] = load_bias(bias, ld_global_nc_u32(rows + u64(packed_row) * u64(4)), flags)
-                for i in range(atoms):
-                    a = i * per_atom + j * 8
-                    if not plain:
-                        for e in range(8):
-                            acc[a + e] = activation(acc[a + e] + biases[2 * (e // 4) + e % 2])
-                    stmatrix_x4_trans(u32(matrix_at + u32(16 * j * pitch + 128 * i)), pack(acc[a], acc[a + 1]),
-                                      pack(acc[a + 2], acc[a + 3]), pack(acc[a + 4], acc[a + 5]),
-                                      pack(acc[a + 6], acc[a + 7]))  # fmt: skip
+            finish0(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags)
+            if atoms > 1:
+                finish1(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags)
+            if atoms > 2:
+                finish2(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags)
+                finish3(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags)
             bar_sync(u32(who + u32(1)), u32(128))
             for q in range(stores):
                 index = u32(own + u32(q * 128))
                 w = ld_shared_v4(u32(staging + index // u32(row_chunks) * u32(pitch) + index % u32(row_chunks) * u32(16)))
-                store_chunk(w[0], w[1], w[2], w[3], targets[q], u32(column + index % u32(row_chunks) * u32(8)), n, out,
-                            ldo, residual, ldr, flags)  # fmt: skip
+                store_chunk(w[0], w[1], w[2], w[3], targets[q], u32(column + index % u32(row_chunks) * u32(8)), n, out, ldo,
+                            flags)  # fmt: skip
             bar_sync(u32(who + u32(1)), u32(128))
             count = entry[2]
 

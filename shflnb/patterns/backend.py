@@ -20,6 +20,10 @@ __all__ = ["Backend", "NumpyBackend", "TorchBackend", "backend_of"]
 class NumpyBackend:
     """NumPy on the host; the heavy product goes to NumPy's BLAS."""
 
+    # Most rounds of exchanges per sweep (see swaps.py). A round costs about as much per pair as the product does per
+    # row.
+    round_limit = 112
+
     def __init__(self) -> None:
         self.seed(0)
 
@@ -102,6 +106,7 @@ class NumpyBackend:
         return best, two[:, -1], two[:, -2]
 
     def kth_largest(self, x: Any, count: int) -> Any:
+        """The `count`-th largest of values that are not negative."""
         flat = x.ravel()
         return np.partition(flat, flat.size - count)[flat.size - count]
 
@@ -131,6 +136,10 @@ class NumpyBackend:
 
 class TorchBackend:
     """The same operations on torch tensors; everything stays on the tensors' device."""
+
+    # A round is some 45 small kernels, bound by their launches, while the product takes no time: fewer rounds per
+    # sweep.
+    round_limit = 32
 
     def __init__(self, device: Any) -> None:
         self.torch = sys.modules["torch"]
@@ -213,7 +222,17 @@ class TorchBackend:
         return index[:, 0], values[:, 0], values[:, 1]
 
     def kth_largest(self, x: Any, count: int) -> Any:
-        return self.torch.topk(x.reshape(-1), count, sorted=False).values.min()
+        flat = x.reshape(-1)
+        if flat.shape[0] <= 1 << 22:
+            return self.torch.topk(flat, count, sorted=False).values.min()
+        # topk would sort a copy with 64-bit indices. Floats that are not negative are ordered like their bits, so the
+        # value is found bit by bit: 31 passes over `x`, and one byte of memory per element.
+        bits = flat.view(self.torch.int32)
+        found = self.torch.zeros((), dtype=self.torch.int32, device=self.device)
+        for bit in range(30, -1, -1):
+            trial = found | (1 << bit)
+            found = self.torch.where((bits >= trial).sum() >= count, trial, found)
+        return found.view(self.torch.float32)
 
     def sort_rows(self, x: Any) -> Any:
         """Each row in falling order."""

@@ -217,7 +217,7 @@ def make_result(
     rank[order] = np.arange(groups)
     mask = xp.take_rows(found.keep, found.labels)
     total = xp.total(s)
-    retained = xp.total(s[mask]) / total if total > 0 else 1.0
+    retained = xp.total(s * mask) / total if total > 0 else 1.0
     weight, mask = _masked(w, mask)
     return PruneResult(
         weight=weight,

@@ -103,7 +103,7 @@ def score_matrix(
     if bool((out < 0).any()):
         raise ArgumentError("score has negative values; a score says what keeping a weight is worth: pass abs(score)")
     _refuse_non_finite(out, "score")
-    return out
+    return out if isinstance(score, str) else abs(out)
 
 
 def _named_score(base: Any, score: str, *, inputs: Any, norm: Any, grad: Any) -> Any:

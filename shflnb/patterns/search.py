@@ -55,16 +55,16 @@ class Plan:
     rounded: Schedule
 
 
-def plans_for(m: int, k: int, groups: int, quality: str) -> list[Plan]:
+def plans_for(m: int, k: int, groups: int, quality: str, *, round_limit: int = 112) -> list[Plan]:
     """The plans to run one after the other; "best" runs all three, so that a better quality never keeps less."""
     tournaments = max(1, groups - 1)
     # A tournament or more; in a tournament a pair has one proposal, of at most v.
-    rounds = min(tournaments * max(1, min(32 // tournaments, m // groups)), 112)
+    rounds = min(tournaments * max(1, min(32 // tournaments, m // groups)), round_limit)
     # A sweep costs about m * k * groups; small layers can afford many more of them.
     work = max(1.0, float(m) * k * groups)
-    sweeps = min(int(np.clip(40 * (2.0**30 / work) ** 0.3, 20, 200)), 8 + m // 2)
+    sweeps = min(int(np.clip(32 * (2.0**30 / work) ** 0.3, 18, 200)), 8 + m // 2)
     cold = Schedule(4, rounds)
-    fast = Plan(0, 0, cold, Schedule(8, rounds), Schedule(4, rounds))
+    fast = Plan(0, 0, cold, Schedule(6, rounds), Schedule(3, rounds))
     default = Plan(1, 0, cold, Schedule(sweeps, rounds, 0.6), Schedule(8 + sweeps // 8, rounds, 0.1))
     randoms = int(np.clip(2.0**26 / work, 2, 40))
     best = Plan(1, randoms, cold, Schedule(5 * sweeps, rounds, 1.0), Schedule(sweeps, rounds, 0.1))
@@ -84,7 +84,7 @@ def search_refined(
     """The best grouping found; never below that of the labels `given` nor the paper's search at the same seed."""
     total = xp.total(s) or 1.0
     free = budget.unrounded()
-    plans = plans_for(s.shape[0], s.shape[1], len(budget.sizes), quality)
+    plans = plans_for(s.shape[0], s.shape[1], len(budget.sizes), quality, round_limit=xp.round_limit)
 
     def say(stage: str, fraction: float, found: Grouping) -> None:
         if progress is not None:

@@ -127,6 +127,8 @@ def _sweep(
     above, m = state.above, s.shape[0]
     rank = _candidates(xp, s, state, groups, v)
     place = xp.concat([state.order, xp.zeros_int(groups * v - m)]).reshape(groups, v)
+    # Made once: a Python number would cross to the device in every round.
+    gone = xp.full((), -np.inf)
     made = tried = 0
     absolute: Any = 0.0
     for me, partner in rounds:
@@ -142,9 +144,9 @@ def _sweep(
         tried += pairs
         absolute = absolute + abs(gain).sum()
         # A proposal has had its chance, whatever comes of it; -inf marks a seat that is empty or out of date.
-        rank[me, seat, partner] = -np.inf
+        rank[me, seat, partner] = gone
         least = temperature * xp.log(xp.uniform((pairs,))) if temperature > 0 else 0.0
-        passed = xp.nonzero((gain > least) & (hope[:pairs] + hope[pairs:] > -np.inf))
+        passed = xp.nonzero((gain > least) & (hope[:pairs] + hope[pairs:] > gone))
         count = passed.shape[0]
         if count:
             made += count
@@ -153,7 +155,7 @@ def _sweep(
             above[me] += delta[both]
             place[me, seat] = rows[crossed]
             # The rank of a moved row is out of date: it stays where it is for the rest of the sweep.
-            rank[me, seat] = -np.inf
+            rank[me, seat] = gone
     labels = xp.copy(state.grouping.labels)
     labels[place.reshape(-1)[:m]] = state.grouping.labels[state.order]
     return labels, made, float(absolute) / max(1, tried)

@@ -88,11 +88,16 @@ def tiling_of(spec: KernelSpec) -> str:
 
 
 def chosen(arch: str) -> Iterator[str]:
-    """Keys of the default run: of each tiling one variant, another one on each architecture; two for sm_90a."""
+    """Keys of the default run: of each tiling one variant, another one on each architecture; two for sm_90a.
+
+    The few-column kernels have five times as many tilings: each of them on one architecture.
+    """
     by_tiling: dict[str, list[str]] = {}
     for spec in specs_of(arch).values():
         by_tiling.setdefault(tiling_of(spec), []).append(spec.key)
     for place, variants in enumerate(by_tiling.values()):
+        if variants[0].startswith("SkinnyConfig") and (place + TARGETS.index(arch)) % 5:
+            continue
         turn = place + 3 * TARGETS.index(arch)
         picks = {turn % len(variants)}
         if arch == "sm_90a":
@@ -126,6 +131,7 @@ EXPECTED = {
     # family: (instructions that must be there, instructions that must not)
     "sm90": ({"HGMMA", "LDGSTS", "UBLKCP", "STSM", "SYNCS"}, {"HMMA"}),
     "sm80": ({"HMMA", "LDGSTS", "LDSM"}, {"HGMMA"}),
+    "skinny": ({"HMMA", "LDSM"}, {"HGMMA"}),
     "transpose": ({"LDSM"}, {"HMMA"}),
     "copy": ({"LDG", "STG"}, {"LDS", "HMMA"}),
 }
@@ -160,7 +166,7 @@ def check(job: tuple[str, str], found: Inspection) -> None:
     assert found.spilled == 0 and found.stack == 0, f"{found.spilled} bytes spilled, {found.stack} bytes of stack"
     assert found.opcodes["LDL"] == 0 and found.opcodes["STL"] == 0, "local memory is used"
     assert found.registers * spec.threads * spec.blocks_per_sm <= 65536, "the blocks of one SM do not fit its registers"
-    if spec.family in EXPECTED:
+    if spec.family in EXPECTED and not spec.name.endswith("_sum"):
         needed, forbidden = EXPECTED[spec.family]
         missing = {word for word in needed if not found.opcodes[word]}
         assert not missing, f"no {missing} among {sorted(found.opcodes)}"
@@ -192,7 +198,11 @@ def test_every_candidate_is_listed_and_built() -> None:
         }
         assert wanted <= set(specs_of(arch))
         tilings = {tiling_of(spec) for spec in specs_of(arch).values()}
-        assert {tiling_of(specs_of(a)[key]) for a, key in DEFAULT if a == arch} == tilings
+        built_here = {tiling_of(specs_of(a)[key]) for a, key in DEFAULT if a == arch}
+        assert {tiling for tiling in tilings - built_here if "skinny" not in tiling} == set()
+    assert {tiling_of(specs_of(arch)[key]) for arch, key in DEFAULT} == {
+        tiling_of(spec) for arch in TARGETS for spec in specs_of(arch).values()
+    }
     families = {spec.family for arch in TARGETS for spec in specs_of(arch).values()}
     assert families >= {"sm90", "sm80", "transpose", "copy"}
 

@@ -97,12 +97,8 @@ def test_every_instruction_without_a_result() -> None:
 def test_every_instruction_with_a_result() -> None:
     for name, (text, arguments, ret) in VALUE.items():
         names = [f"a{i}" for i in range(len(arguments))]
-        store = {u16: "st16(out, r)", u32: "st32(out, r)", f32: "stf(out, r)", u64: "st32(out, u32(r))"}[ret]
-        scope = {"instruction": getattr(ptx, name), "st16": ptx.st_global_u16, "stf": ptx.st_global_f32, "u32": u32,
-                 "st32": lambda: None}  # fmt: skip
-        store = store.replace("st32(out, u32(r))", "st4(out, u32(r), u32(r), u32(r), u32(r))")
-        store = store.replace("st32(out, r)", "st4(out, r, r, r, r)")
-        scope["st4"] = ptx.st_global_v4
+        store = {u16: "st16(out, r)", u32: "st4(out, r, r, r, r)", f32: "stf(out, r)", u64: "st4(r, a0, a0, a0, a0)"}[ret]
+        scope = {"instruction": getattr(ptx, name), "st16": ptx.st_global_u16, "stf": ptx.st_global_f32, "st4": ptx.st_global_v4}
         kernel = wrapped([*names, "out"], f"r = instruction({', '.join(names)}); {store}", scope)
         assert text in ptx_of(kernel, [*arguments, u64]), name
     for name, (text, arguments) in QUARTET.items():

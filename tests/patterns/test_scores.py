@@ -21,6 +21,9 @@ def test_named_scores() -> None:
 def test_callable_and_array_scores() -> None:
     np.testing.assert_array_equal(score_matrix(W, lambda w: abs(w) ** 3), abs(W) ** 3)
     np.testing.assert_array_equal(score_matrix(W, abs(W) + 1), abs(W) + 1)
+    mine = np.array([[-0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], dtype=np.float32)
+    s = score_matrix(W, mine)
+    assert not np.signbit(s).any() and not np.shares_memory(s, mine)
 
 
 def test_activation_from_calibration_data_of_any_rank() -> None:

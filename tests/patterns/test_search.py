@@ -215,6 +215,15 @@ def test_the_torch_backend_does_the_same_work(m: int, options: dict) -> None:
         np.testing.assert_array_equal(again.keep, there.keep.numpy())
 
 
+def test_the_kth_largest_of_many_values_is_found_by_their_bits() -> None:
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).random((2050, 2050), dtype=np.float32) ** 8
+    x[:100] = 0.25
+    xp = TorchBackend(torch.device("cpu"))
+    for count in (1, 5, 300_000, x.size // 2, x.size):
+        assert float(xp.kth_largest(torch.from_numpy(x), count)) == XP.kth_largest(x, count)
+
+
 @pytest.mark.gpu
 def test_cuda_tensors_are_searched_where_they_are() -> None:
     torch = pytest.importorskip("torch")
