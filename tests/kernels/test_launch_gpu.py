@@ -116,6 +116,7 @@ def test_a_cold_call_under_capture_is_refused(cold: str) -> None:
         run()
     torch.cuda.synchronize()
     y = run()  # works outside, and from then on inside
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         z = run()
     graph.replay()
