@@ -5,7 +5,7 @@ Run: python benchmarks/bench_prune.py                    quality on all matrices
      python -m pytest benchmarks/bench_prune.py          the short version, with the bars as tests
 
 Quality: retained score (sum of kept |w| / sum of |w|) at 75 % sparsity, tile_k 64, on weights trained here
-(`prune_matrices.py`), planted patterns under noise, and Gaussian noise. `paper` is the authors' search, `identity` the
+(`prune_matrices.py`), planted patterns under noise, and Gaussian noise. `paper` is the authors' search (best of three seeds), `identity` the
 rows as given; gains are relative to `paper` under the same rounding. Each mask is checked to be a Shfl-BW pattern, and
 its retained score is computed anew in float64, before anything is reported.
 
@@ -90,7 +90,8 @@ def quality_row(name: str, w: np.ndarray, v: int, *, best: bool, rounded: bool =
     kept: dict[str, float] = {}
     seconds: dict[str, float] = {}
     kept["identity"], _ = run(w, search="identity", **options)
-    kept["paper"], seconds["paper"] = run(w, search="paper", **options)
+    # Its k-means hangs on its random start by up to 2 %: the best of three, so that the gain over it is no luck.
+    kept["paper"], seconds["paper"] = max(run(w, search="paper", seed=seed, **options) for seed in range(3))
     for quality in ("fast", "default", "best") if best else ("fast", "default"):
         kept[quality], seconds[quality] = run(w, quality=quality, **options)
     return {

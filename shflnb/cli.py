@@ -1,4 +1,4 @@
-"""The command line: `shflnb demo | doctor | prune | tune`, each with `--json`: then standard output holds JSON and no more."""
+"""The command line: `shflnb demo | bench | doctor | prune | tune`; with `--json` standard output holds JSON alone."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from .bench import BenchRow
     from .demo import Step
 
 __all__ = ["app", "main"]
@@ -220,6 +221,62 @@ def tune(
         _print_json(report.as_dict())
     else:
         typer.echo(str(report))
+
+
+@app.command()
+def bench(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the default is a GPU if there is one.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="m,k,n of a product (weight m x k, n columns); may be given several times.")
+    ] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="Share of zeros; may be given several times.")] = None,
+    v: Annotated[list[int] | None, typer.Option("--v", help="Rows per group; may be given several times.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare with the dense library on this machine, each result checked first; exit code 0 only if all were right."""
+    from . import bench as steps
+
+    kind, name = steps.choose_device(device)
+    wanted = steps.cases(kind, [_parse_size(text) for text in size or ()], sparsity or (), v or ())
+    console = _console()
+    if not as_json:
+        console.print(f"{name}; {steps.STATISTIC[kind]} microseconds", soft_wrap=True)
+        header = ("weight", "n", "zeros", "v", "dense", "shflnb", "ratio", "roof", "of roof")
+        console.print(_BENCH_LINE.format(*header), soft_wrap=True)
+    rows = []
+    for row in steps.run(kind, wanted):
+        rows.append(row)
+        if not as_json:
+            console.print(_BENCH_LINE.format(*_bench_cells(row)) + _bench_mark(row), soft_wrap=True)
+    if as_json:
+        _print_json({"device": name, "kind": kind, "version": __version__, "rows": [asdict(row) for row in rows]})
+    elif rows:
+        limits, dense = (", ".join(dict.fromkeys(texts)) for texts in zip(*((r.roof, r.dense_what) for r in rows)))
+        error = max(row.error for row in rows)
+        console.print(f"Dense: {dense}. The roof is set by: {limits}. Largest error: {error:.1e}.", soft_wrap=True)
+    if not all(row.is_right for row in rows):
+        raise typer.Exit(1)
+
+
+_BENCH_LINE = "{:>14} {:>6} {:>6} {:>4} {:>10} {:>10} {:>7} {:>9} {:>8}"
+
+
+def _bench_cells(row: BenchRow) -> tuple[Any, ...]:
+    times = (f"{row.dense_us:.1f}", f"{row.sparse_us:.1f}", f"{row.speedup:.2f}x")
+    roof = (f"{row.roof_us:.1f}", f"{row.percent_of_roof:.0f} %")
+    return (f"{row.m} x {row.k}", row.n, f"{row.sparsity:.1%}", row.v, *times, *roof)
+
+
+def _bench_mark(row: BenchRow) -> str:
+    return "" if row.is_right else f"  WRONG (error {row.error:.1e})"
+
+
+def _parse_size(text: str) -> tuple[int, int, int]:
+    try:
+        m, k, n = (int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        raise ArgumentError(f"--size is {text!r}; needed is m,k,n, for example 4096,4096,512") from None
+    return m, k, n
 
 
 def _prune_pairs(report: dict[str, Any]) -> list[tuple[str, str]]:

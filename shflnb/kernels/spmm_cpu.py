@@ -30,9 +30,11 @@ import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 from numba import njit, types
 
+from ..errors import ArgumentError
 from . import cpu_pool
 from .cpu_cache import attach
 from .cpu_math import ACTIVATION_CODES, FLOAT16
@@ -269,6 +271,8 @@ def compiled(config: Config) -> Any:
 
 
 def _compile(config: Config) -> Any:
+    if numba.config.DISABLE_JIT:
+        raise ArgumentError("NUMBA_DISABLE_JIT is set; the CPU kernels exist as machine code only: unset it and restart")
     kernel = make_spmm(config)
     attach(kernel, config.name)
     stored = {"float32": types.float32, "float64": types.float64, "half": types.uint16}[config.storage]

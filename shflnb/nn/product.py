@@ -1,4 +1,4 @@
-"""One sparse product against the dense library on a CUDA device, for `shflnb bench`: checked, then timed by CUDA graphs."""
+"""One sparse product against the dense library on a CUDA device: checked, then timed by CUDA graphs. `shflnb bench`."""
 
 from __future__ import annotations
 

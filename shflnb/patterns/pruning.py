@@ -123,9 +123,14 @@ def prune(
 
 def check_options(sparsity: float, block: tuple[int, int], search: str, budget: str, quality: str) -> None:
     """Refuse options that `prune` does not take."""
-    if not 0.0 <= sparsity <= 1.0:
+    if not isinstance(sparsity, (int, float, np.number)) or not 0.0 <= sparsity <= 1.0:
         raise ArgumentError(f"sparsity is {sparsity!r}; needed is a fraction from 0 (keep all) to 1 (keep nothing)")
-    if len(tuple(block)) != 2 or block[0] not in V_ALLOWED or block[1] not in TILE_K_ALLOWED:
+    if (
+        not isinstance(block, (tuple, list))
+        or len(block) != 2
+        or block[0] not in V_ALLOWED
+        or block[1] not in TILE_K_ALLOWED
+    ):
         raise ArgumentError(
             f"block is {block!r}; needed is (v, tile_k) with v in {V_ALLOWED} and tile_k in {TILE_K_ALLOWED}"
         )

@@ -1,9 +1,9 @@
 """Every GPU kernel once, on tiny odd shapes, for compute-sanitizer; exits with 1 when a result is wrong.
 
-    compute-sanitizer --tool memcheck  --error-exitcode 9 python tests/kernels/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 9 python tests/kernels/sanitize.py
-    compute-sanitizer --tool initcheck --error-exitcode 9 python tests/kernels/sanitize.py
-    compute-sanitizer --tool synccheck --error-exitcode 9 python tests/kernels/sanitize.py
+    compute-sanitizer --report-api-errors no --tool memcheck  --error-exitcode 9 python tests/kernels/sanitize.py
+    compute-sanitizer --report-api-errors no --tool racecheck --error-exitcode 9 python tests/kernels/sanitize.py
+    compute-sanitizer --report-api-errors no --tool initcheck --error-exitcode 9 python tests/kernels/sanitize.py
+    compute-sanitizer --report-api-errors no --tool synccheck --error-exitcode 9 python tests/kernels/sanitize.py
 
 Run it once without the tool first: that fills the cache of compiled kernels (in several processes with --prebuild).
 torch only moves memory here; references come from NumPy, so that nearly all launches under the tool are ours.

@@ -83,8 +83,14 @@ def inspect(arch: str, key: str) -> Inspection:
 
 # --- what is built -----------------------------------------------------------------------------------------------------
 def tiling_of(spec: KernelSpec) -> str:
-    """The kernel's name without dtype and epilogue."""
-    return re.sub(r"_(bf16|f16|plain|identity|relu|gelu|silu)(?=_|$)", "", spec.name)
+    """The kernel's name without dtype and epilogue (and, of the few-column kernels, without where sums wait and depth)."""
+    name = re.sub(r"_(bf16|f16|plain|identity|relu|gelu|silu)(?=_|$)", "", spec.name)
+    return re.sub(r"_(shared|global|d\d)(?=_)", "", name) if spec.family == "skinny" else name
+
+
+@functools.cache
+def architectures_of(tiling: str) -> tuple[str, ...]:
+    return tuple(arch for arch in TARGETS if any(tiling_of(spec) == tiling for spec in specs_of(arch).values()))
 
 
 def chosen(arch: str) -> Iterator[str]:
@@ -95,9 +101,11 @@ def chosen(arch: str) -> Iterator[str]:
     by_tiling: dict[str, list[str]] = {}
     for spec in specs_of(arch).values():
         by_tiling.setdefault(tiling_of(spec), []).append(spec.key)
-    for place, variants in enumerate(by_tiling.values()):
-        if variants[0].startswith("SkinnyConfig") and (place + TARGETS.index(arch)) % 5:
-            continue
+    for place, (tiling, variants) in enumerate(by_tiling.items()):
+        if "skinny" in tiling:
+            homes = architectures_of(tiling)
+            if homes[sum(tiling.encode()) % len(homes)] != arch:
+                continue
         turn = place + 3 * TARGETS.index(arch)
         picks = {turn % len(variants)}
         if arch == "sm_90a":

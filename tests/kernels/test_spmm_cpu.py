@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shflnb.arrays import DTYPES
+from shflnb.errors import ArgumentError
 from shflnb.formats import ShflBWMatrix, pack
 from shflnb.kernels import cpu_pool, spmm_cpu
 from shflnb.kernels.cpu_simd import Machine, machine
@@ -314,6 +315,13 @@ def test_nothing_is_allocated_when_warm(order, threads):
     finally:
         tracemalloc.stop()
     assert peak - before < 16_384 and after - before < 8_192
+
+
+def test_disabled_compiler_is_named(monkeypatch):
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    monkeypatch.setattr(spmm_cpu, "_kernels", {})
+    with pytest.raises(ArgumentError, match="NUMBA_DISABLE_JIT is set"):
+        product(make(16, 4, 16), strategies.make_activations(4, 2, "float32"))
 
 
 def test_launch_record_is_made_once():

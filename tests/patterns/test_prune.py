@@ -183,6 +183,8 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
         ({"block": (8, 64)}, r"block is \(8, 64\)"),
         ({"block": (64, 8)}, r"tile_k in \(16, 32, 64\)"),
         ({"block": (64,)}, "block is"),
+        ({"block": 64}, "block is 64"),
+        ({"sparsity": "75%"}, "sparsity is '75%'"),
         ({"search": "greedy"}, "refined, paper, identity"),
         ({"budget": "model"}, "layer, group"),
         ({"quality": "better"}, "fast, default, best"),
