@@ -251,7 +251,8 @@ def bench(
     if as_json:
         _print_json({"device": name, "kind": kind, "version": __version__, "rows": [asdict(row) for row in rows]})
     elif rows:
-        limits, dense = (", ".join(dict.fromkeys(texts)) for texts in zip(*((r.roof, r.dense_what) for r in rows)))
+        limits = ", ".join(dict.fromkeys(row.roof for row in rows))
+        dense = "; ".join(dict.fromkeys(row.dense_what for row in rows))
         error = max(row.error for row in rows)
         console.print(f"Dense: {dense}. The roof is set by: {limits}. Largest error: {error:.1e}.", soft_wrap=True)
     if not all(row.is_right for row in rows):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from .errors import MissingDependencyError
 
@@ -81,8 +82,6 @@ class Network:
 
     def train(self, digits: Digits, *, epochs: int, seed: int, masks: dict[int, np.ndarray] | None = None) -> None:
         """AdamW in place, 128 images a step; `masks[layer]` keeps pruned weights of that layer at zero."""
-        from threadpoolctl import threadpool_limits
-
         rng = np.random.default_rng(seed)
         parameters = self.weights + self.biases
         moments = [(np.zeros_like(p), np.zeros_like(p)) for p in parameters]

@@ -30,7 +30,8 @@ ROOMS: dict[str, set[str]] = {
     "doctor": {"machine", "ops", "kernels", "formats", "errors", "_version"},
     "digits": {"errors"},
     "demo": {"digits", "machine", "nn", "ops", "kernels", "patterns", "formats", "arrays", "errors"},
-    "cli": {"demo", "doctor", "nn", "tuning", "ops", "patterns", "formats", "arrays", "errors", "_version"},
+    "bench": {"machine", "nn", "ops", "kernels", "formats", "arrays", "errors"},
+    "cli": {"bench", "demo", "doctor", "nn", "tuning", "ops", "patterns", "formats", "arrays", "errors", "_version"},
     "__init__": {"nn", "tuning", "ops", "patterns", "reference", "formats", "errors", "_version"},
     "__main__": {"cli"},
 }
@@ -42,7 +43,7 @@ LIBRARIES: dict[str, set[str]] = {
     "llvmlite": {"kernels"},
     "cuda": {"kernels"},
     "scipy": {"formats", "patterns", "reference"},
-    "threadpoolctl": {"doctor", "digits"},
+    "threadpoolctl": {"bench", "doctor", "digits", "demo"},
     "safetensors": {"formats", "cli"},
     "platformdirs": {"kernels", "tuning", "doctor"},
     "filelock": {"kernels", "tuning"},

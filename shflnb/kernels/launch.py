@@ -96,6 +96,8 @@ class DeviceMemory:
         for a, address in zip(arrays, self.addresses, strict=True):
             if a.nbytes:
                 _check(driver.cuMemcpyHtoD(address, np.ascontiguousarray(a).ctypes.data, a.nbytes), "copy to the device")
+        # a copy from pageable memory may still be on its way when the call returns, and kernels on other streams do not wait
+        _check(driver.cuStreamSynchronize(driver.CUstream(driver.CU_STREAM_LEGACY)), "copy to the device")
         # from pageable memory the copy may return before it has arrived; streams that do not wait for stream 0 would not see it
         _check(driver.cuStreamSynchronize(driver.CUstream(0)), "copy to the device")
 
@@ -134,6 +136,8 @@ class DeviceContext:
         self.capability = (int(capability[0]), int(capability[1]))
         self.sm_count = int(self.device.properties.multiprocessor_count)
         self.smem_limit = smem_limit(self.capability)
+        self.has_chaining = self.capability[0] >= 9
+        """Whether a kernel may be launched before the one ahead of it is done, and wait for it by itself."""
         self._kernels: dict[str, LoadedKernel] = {}
         self._streams: dict[int, Any] = {}
         self._lock = threading.Lock()

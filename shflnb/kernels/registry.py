@@ -38,7 +38,7 @@ def _products(arch: str) -> Iterator[KernelSpec]:
 
 def _moves(arch: str) -> Iterator[KernelSpec]:
     if not arch.endswith("a"):
-        yield transpose_spec()
+        yield transpose_spec(capability_of(arch)[0] >= 9)
         yield copy_spec()
 
 

@@ -75,10 +75,11 @@ def kernel_spec(config: Config) -> KernelSpec:
     return KernelSpec(repr(config), config.name, config.kernel, make, 13, config.threads, config.smem_bytes, config.blocks_per_sm)
 
 
-def transpose_spec() -> KernelSpec:
+def transpose_spec(is_chained: bool) -> KernelSpec:
     from .transpose import TRANSPOSE_THREADS, make_transpose
 
-    return KernelSpec("transpose", "shflnb_transpose", "transpose", make_transpose, 8, TRANSPOSE_THREADS)
+    name = "shflnb_transpose_chained" if is_chained else "shflnb_transpose"
+    return KernelSpec(name, name, "transpose", lambda: make_transpose(is_chained), 8, TRANSPOSE_THREADS)
 
 
 def copy_spec() -> KernelSpec:
@@ -158,7 +159,8 @@ def plan_for(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str
         grid = min(context.sm_count * chosen.blocks_per_sm, tiles) if chosen.kernel == "sm90" else tiles
         memory = _queue(packed, context, weights, (n_tiles, grid, sweep_of(chosen, n_tiles)), stream)
         values, columns, rows = weights.memory.addresses
-        plan = Plan(choice, kernel, kernel.config(grid), weights, memory, (values, columns, memory.addresses[0], rows))
+        launch_config = kernel.config(grid, is_chained=chosen.kernel == "sm90")
+        plan = Plan(choice, kernel, launch_config, weights, memory, (values, columns, memory.addresses[0], rows))
         if len(packed.launch_cache) > PLANS_KEPT:
             # plans and memos are cheap to make again; weights and queues stay, since a captured graph may hold their addresses
             for old in [k for k in packed.launch_cache if k[0] in ("plan", "memo")]:
@@ -244,13 +246,15 @@ class _Call:
         """dst[c, r] = src[r, c]; leading dimensions in values. Tokens are the rows of src, of a result its columns."""
         if rows == 0 or cols == 0:
             return
-        kernel = self.context.kernel(transpose_spec(), self.stream_handle)
+        is_chained = self.context.has_chaining
+        kernel = self.context.kernel(transpose_spec(is_chained), self.stream_handle)
         flags = (src % 16 == 0 and lds % 8 == 0) | (dst % 16 == 0 and ldd % 8 == 0) << 1 | is_result << 2
         fast = ceil_div(rows if is_result else cols, 64)  # the other side holds the tokens
         if is_result:
             flags |= 8
         blocks = ceil_div(rows, 64) * ceil_div(cols, 64)
-        self.context.launch(self.stream_handle, kernel.config(blocks), kernel, src, lds, dst, ldd, rows, cols, fast, int(flags))
+        grid = kernel.config(blocks, is_chained=is_chained)
+        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, fast, int(flags))
 
     def plan(self, n: int, activation: str | None, bias: tuple[int, int], residual: tuple[int, int], config: Config | None) -> Plan:
         """The launch record for these operands."""
@@ -475,11 +479,14 @@ def device_linear(
 def _linear_memo(call: _Call, n: int, out_shape: tuple[int, ...], bias: tuple[int, int], activation: str | None) -> LinearMemo:
     """The memo of a token-major product on a contiguous, aligned x."""
     m, k = call.packed.shape
-    turn = call.context.kernel(transpose_spec(), call.stream_handle)
+    is_chained = call.context.has_chaining
+    turn = call.context.kernel(transpose_spec(is_chained), call.stream_handle)
+    turn_in = turn.config(ceil_div(k, 64) * ceil_div(n, 64), is_chained=is_chained)
+    turn_out = turn.config(ceil_div(n, 64) * ceil_div(m, 64), is_chained=is_chained)
     plan = call.plan(n, activation, bias, (0, 0), None)
     ld = ceil_div(n, 8) * 8
     return LinearMemo(
-        call.context, turn, turn.config(ceil_div(k, 64) * ceil_div(n, 64)), turn.config(ceil_div(n, 64) * ceil_div(m, 64)),
+        call.context, turn, turn_in, turn_out,
         plan.kernel, plan.launch_config, plan.head, n, ld, k, m, k, ceil_div(k, 64), ceil_div(m, 64), (k % 8 == 0) | 2, 1 | (m % 8 == 0) << 1 | 12, out_shape,
         bias[1] | ALIGNED,
     )  # fmt: skip
@@ -514,6 +521,22 @@ def _run_linear(call: _Call, view: DeviceView, n: int, out_at: Any, bias: tuple[
     else:
         _run(call, x_rows, out_rows, n, bias, res_rows, activation, config)
     del keep
+
+
+def device_transpose(x: Any, *, is_result: bool = False) -> Any:
+    """`x.T` of a (rows, cols) matrix of 16-bit values, as a new C-contiguous (cols, rows) array of the kind of x.
+
+    The tokens are the rows of x; with `is_result` they are its columns (a feature-major result becomes token-major). For
+    layers that share one transpose of their common input (`shflnb.nn`).
+    """
+    view = device_view(x, what="x")
+    if view.dtype not in ("float16", "bfloat16") or len(view.shape) != 2 or (view.shape[1] > 1 and view.strides[1] != 1):
+        raise DtypeError(f"x is {view.dtype} of shape {view.shape}, strides {view.strides}; expected a 16-bit C-order matrix")
+    rows, cols = view.shape
+    call = _Call(None, x, view)  # type: ignore[arg-type]  # no product is made
+    out = new_matrix(cols, rows, x, view.dtype)
+    call.transpose(view.address, view.strides[0], device_view(out, what="out").address, rows, rows, cols, is_result)
+    return out
 
 
 matmul, linear = device_matmul, device_linear

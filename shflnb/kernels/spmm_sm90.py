@@ -14,7 +14,8 @@ One persistent block per SM walks (group, column tile) tiles. Shared memory is a
         | rows 64..127   |                     | 0..   | n/2.. |                 result is transposed on its way out
         +----------------+                     +-------+-------+
 
-Needs capability 9.0 (assembled as sm_90a). Padded columns have id -1: they are zero-filled and read nothing of x.
+Launched to overlap the end of the kernel before it (programmatic launch): until `grid_wait` nothing is read but ids, queue and
+rows, which the host wrote long ago. Needs capability 9.0 (assembled as sm_90a). Padded columns have id -1: they are zero-filled and read nothing of x.
 Source: PTX ISA, sections on wgmma, mbarrier, cp.async and setmaxnreg; tile shapes by measurement (docs/performance.md).
 """
 
@@ -59,6 +60,7 @@ from .ptx import (
     wgmma_fence,
     wgmma_wait,
 )
+from .ptx_cluster import grid_launch_dependents, grid_wait
 
 __all__ = ["make_spmm_sm90"]
 
@@ -220,6 +222,7 @@ def make_producer(config: Config) -> Callable[..., Any]:
             else:
                 lead = u32(lead + u32(1))
                 if lead == u32(IDS_AHEAD):
+                    grid_wait()  # x may be the work of the kernel before; ids and queue never are
                     wait_ids()
                     warp_sync()
                     load_ids(ids, own_ids)
@@ -308,6 +311,7 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags):
         take_registers()
+        grid_wait()
         acc = cuda.local.array(registers, f32)
         targets = cuda.local.array(4, u32)
         who = u32((tid >> u32(7)) - u32(producers))
@@ -431,6 +435,7 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags):
         take_registers()
+        grid_wait()
         acc = cuda.local.array(registers, f32)
         targets = cuda.local.array(stores, u32)
         own = u32(tid & u32(127))
@@ -527,6 +532,7 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
                 mbarrier_init(u32(empty + u32(8 * stage)), u32(2))  # one leader of each consumer warpgroup
             mbarrier_init_fence()
         cuda.syncthreads()
+        grid_launch_dependents()  # a kernel launched in the same way may set itself up as soon as blocks of this one end
         if tid < u32(copiers):
             produce(base, full, empty, u32(base + u32(barriers + 256)), tid, values, columns, own_queue, x, u32(n), ldx)
         else:

@@ -28,6 +28,7 @@ from .ptx import (
     st_shared_u32,
     st_shared_v4,
 )
+from .ptx_cluster import grid_launch_dependents, grid_wait
 
 __all__ = ["COPY_THREADS", "TILE", "TRANSPOSE_THREADS", "make_copy_strided", "make_transpose"]
 
@@ -65,13 +66,14 @@ def _beyond(room, count):
     return room - u64(count) if room > u64(count) else u64(0)
 
 
-def make_transpose() -> Callable[..., Any]:
+def make_transpose(is_chained: bool = False) -> Callable[..., Any]:
     """The kernel (src, lds, dst, ldd, rows, cols, fast_tiles, flags); one block a tile.
 
     Bits of flags: 0: src rows are 16-byte aligned; 1: dst rows are; 2: dst is a result, not what the next kernel reads, and
     should not push that out of L2. `fast_tiles` tiles are taken along one side before the next step along the other, tokens
     (rows, or with bit 3 columns), which runs from the last to the first: the product before or after works from the first to
-    the last, so each finds in L2 what the other touched most recently.
+    the last, so each finds in L2 what the other touched most recently. `is_chained` kernels (capability 9.0) may be launched
+    to overlap the end of the kernel before them.
     """
 
     def transpose(src, lds, dst, ldd, rows, cols, fast_tiles, flags):
@@ -79,6 +81,9 @@ def make_transpose() -> Callable[..., Any]:
         base = smem_address(tile)
         tid = u32(cuda.threadIdx.x)
         lane, warp = u32(tid & u32(31)), u32(tid >> u32(5))
+        if is_chained:
+            grid_launch_dependents()
+            grid_wait()
         block = u32(u32(cuda.gridDim.x) - u32(1) - u32(cuda.blockIdx.x))
         slow = div_u32(block, u32(fast_tiles))
         fast = u32(block - slow * u32(fast_tiles))

@@ -18,6 +18,7 @@ from .eligible import FilterFn, check_patterns, matches
 from .measure import TIMINGS, dense_call, call_us, sparse_call, transpose_us
 from .modules import SHARE_ON, ShflLinear
 from .observe import Observation
+from .op import FEW_TOKENS
 from .planner import Plan, plan
 
 __all__ = ["POLICIES", "Facts", "Options", "Times", "Timer", "decide", "random_layer", "sparsity_of"]
@@ -128,7 +129,7 @@ class Timer:
     ) -> float:
         device, k = layer.values.device, layer.in_features
         feature_in, out, readers = name in layout.feature_in, layout.layout(name), layout.readers(name)
-        shares = readers > 1 and device.type in SHARE_ON
+        shares = readers > 1 and device.type in SHARE_ON and n > FEW_TOKENS
         key = ("sparse", layer.out_features, k, layer.block, layer.values.shape[0], n, facts.dtype, device,
                layer.bias is not None, activation, feature_in or shares, out)  # fmt: skip
         if fresh or key not in self._known:

@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import ArgumentError
 from .layout import to_feature_major
 from .modules import ShflLinear
-from .op import activate
+from .op import activate, turned
 
 __all__ = ["TIMINGS", "call_us", "dense_call", "device_name", "sparse_call", "synchronize", "transpose_us"]
 
@@ -174,4 +174,4 @@ def _detached(layer: ShflLinear) -> ShflLinear:
 def transpose_us(n: int, k: int, like: torch.Tensor, dtype: torch.dtype, timing: str) -> float:
     """Microseconds to make a token-major (n, k) tensor feature-major."""
     x = _input(n, k, like, dtype)
-    return call_us([lambda: to_feature_major(x)], like.device, timing, seconds=_SECONDS / 3)
+    return call_us([lambda: turned(x)], like.device, timing, seconds=_SECONDS / 3)

@@ -16,7 +16,7 @@ from ..formats import ShflBWMatrix, pack
 from ..formats.shflbw import check_block
 from ..patterns import prune
 from .layout import is_feature_major, to_feature_major
-from .op import ACTIVATIONS, activate, dense_weight, packed_linear
+from .op import ACTIVATIONS, FEW_TOKENS, activate, dense_weight, packed_linear, turned
 
 __all__ = ["SharedInput", "ShflLinear"]
 
@@ -314,8 +314,9 @@ class SharedInput:
         self._entry: tuple[Any, ...] | None = None
 
     def feature_major(self, x: torch.Tensor) -> torch.Tensor:
-        """`to_feature_major(x)`, computed once for the readers."""
-        if x.dim() < 2 or is_feature_major(x):
+        """`to_feature_major(x)`, computed once for the readers; x itself where nothing would be transposed."""
+        tokens = x.shape[:-1].numel()
+        if tokens <= FEW_TOKENS or is_feature_major(x):
             return x
         stamp = (0 if x.is_inference() else x._version, x.data_ptr(), _stream(x))
         entry = self._entry
@@ -323,7 +324,7 @@ class SharedInput:
             source, _, copy, uses = entry
             self._entry = None if uses + 1 >= self.readers else (source, stamp, copy, uses + 1)
             return copy
-        copy = to_feature_major(x)
+        copy = turned(x.reshape(tokens, x.shape[-1])).view(x.shape[-1], *x.shape[:-1]).movedim(0, -1)
         self._entry = (weakref.ref(x, self._forget), stamp, copy, 1)
         return copy
 

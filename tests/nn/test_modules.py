@@ -168,19 +168,19 @@ class CountedCopies:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        monkeypatch.setattr(modules_file, "to_feature_major", self)
+        monkeypatch.setattr(modules_file, "turned", self)
         monkeypatch.setattr(modules_file, "SHARE_ON", {"cpu"})
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.count += 1
-        return to_feature_major(x)
+        return x.t().contiguous()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_three_readers_share_one_transpose(monkeypatch: pytest.MonkeyPatch, mode: type) -> None:
     copies = CountedCopies(monkeypatch)
     layers = [make_layer(seed=s) for s in range(3)]
-    x = torch.randn(4, 96)
+    x = torch.randn(5, 16, 96)
     want = [layer(x).detach() for layer in layers]
     shared = SharedInput(3)
     for layer in layers:
@@ -196,15 +196,26 @@ def test_a_changed_input_is_transposed_anew(monkeypatch: pytest.MonkeyPatch) -> 
     copies = CountedCopies(monkeypatch)
     a, b = make_layer(seed=0), make_layer(seed=1)
     a.shared = b.shared = SharedInput(2)
-    x = torch.randn(4, 96)
+    x = torch.randn(5, 16, 96)
     with torch.no_grad():
         a(x)
         x.mul_(2)
         torch.testing.assert_close(b(x), b.to_dense()(x))
         assert copies.count == 2
         a(x.clone())
-        y = torch.randn(4, 96)
+        y = torch.randn(80, 96)
         torch.testing.assert_close(b(y), b.to_dense()(y))
+
+
+def test_few_tokens_are_not_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = CountedCopies(monkeypatch)
+    layer = make_layer()
+    layer.shared = SharedInput(2)
+    with torch.no_grad():
+        layer(torch.randn(64, 96))
+        assert copies.count == 0
+        layer(torch.randn(65, 96))
+        assert copies.count == 1
 
 
 def test_the_shared_copy_goes_with_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +223,7 @@ def test_the_shared_copy_goes_with_its_source(monkeypatch: pytest.MonkeyPatch) -
     layer = make_layer()
     layer.shared = SharedInput(2)
     with torch.no_grad():
-        x = torch.randn(4, 96)
+        x = torch.randn(5, 16, 96)
         layer(x)
         assert layer.shared._entry is not None
         del x
