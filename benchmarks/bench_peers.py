@@ -94,12 +94,14 @@ def run_shape(group: str, shape: Shape, device: str, results: Results, common: d
             chosen[f"{peer.name} {sparsity}"] = (peer, sparsity, *fastest(found, device))
         else:
             results.add(row | {"note": f"cannot run because {why}"})
-    timings: dict[str, Timing] = {}
     subjects = {name: variant.call for name, (_, _, variant, _) in chosen.items()}
     no_graph = [name for name, (_, _, variant, _) in chosen.items() if not variant.capture]
-    timings = measure(subjects, device, rounds=7 if group == "cusparse" else 15, no_graph=no_graph)
+    timings: dict[str, Timing] = measure(subjects, device, rounds=7 if group == "cusparse" else 15, no_graph=no_graph)
     dense_us = min(timings[f"{peer.name} 0.0"].median_us for peer in DENSE)
-    eager = {n: eager_us(subjects[n], device, device_us=t.median_us) for n, t in timings.items()}
+    eager = {
+        name: eager_us(chosen[name][2].eager or subjects[name], device, device_us=timing.median_us)
+        for name, timing in timings.items()
+    }
     dense_eager = min(eager[f"{peer.name} 0.0"] for peer in DENSE)
     line = []
     for name, (peer, sparsity, variant, error) in chosen.items():

@@ -118,7 +118,7 @@ def quality(path: Path, *, best: bool) -> None:
     """Fill the table of qualities, trained matrices first."""
     start = time.perf_counter()
     trained = {name: w for name, w in prune_matrices.trained().items() if w.shape[1] > 64}
-    print(f"trained {len(trained)} matrices in {time.perf_counter() - start:.0f} s")
+    print(f"trained {len(trained)} matrices in {time.perf_counter() - start:.0f} s", flush=True)
     results = Results(path, QUALITY_FIELDS)
     heads = f"{'unstr':>8}{'block':>8}{'identity':>9}{'paper':>8}{'default':>8}"
     print(f"{'matrix':24}{'shape':>12}{'v':>4}{heads}  over paper")

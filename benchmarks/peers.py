@@ -11,6 +11,7 @@ A peer that cannot run raises; the text of the error goes into the table.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,8 @@ class Variant:
     weight: torch.Tensor
     is_token_major: bool = False
     capture: bool = True
+    eager: Callable[[], torch.Tensor] | None = None
+    """The call as users write it, with a new result each time, where `call` fills a given one."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def same_matrix(o: Operands, v: int, sparsity: float) -> tuple[shflnb.ShflBWMatr
 def ours(v: int) -> Callable[[Operands, float], list[Variant]]:
     def prepare(o: Operands, sparsity: float) -> list[Variant]:
         packed, dense = same_matrix(o, v, sparsity)
-        return [Variant("matmul", lambda: shflnb.matmul(packed, o.x, out=o.out), dense)]
+        call = functools.partial(shflnb.matmul, packed, o.x)
+        return [Variant("matmul", functools.partial(call, out=o.out), dense, eager=call)]
 
     return prepare
 

@@ -77,8 +77,8 @@ def tradeoff_data(data: Data) -> Series:
     found: Series = {}
     rows = [r for r in plain(data.of("spmm")) if r["speedup"]]
     kept: dict[tuple[int, float], list[float]] = {}
-    for r in data.of("prune"):
-        if r.get("search", "refined") == "refined" and r.get("retained"):
+    for r in data.of("tradeoff"):
+        if r["search"] == "refined":
             kept.setdefault((int(r["v"]), float(r["sparsity"])), []).append(float(r["retained"]))
     for (v, sparsity), scores in sorted(kept.items()):
         row = find(rows, 4096, 4096, 4096, sparsity, v)

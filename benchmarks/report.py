@@ -17,14 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plots import FIGURES, draw
-from tables import TABLES, Data
+from tables import Data
+from tables_more import ALL_TABLES
 
 __all__ = ["fill", "load", "update"]
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md")
-KINDS = {"spmm": "*.spmm.csv", "peers": "*.peers.csv", "host": "*.host.csv", "cpu": "cpu_*.csv", "prune": "*prune*.csv",
-         "skinny": "*skinny*.csv", "models": "*models*.csv"}  # fmt: skip
+KINDS = {
+    "spmm": "*.spmm.csv", "peers": "*.peers.csv", "host": "*.host.csv", "cpu": "cpu_*.csv", "tradeoff": "tradeoff.csv",
+    "prune_quality": "prune_quality*.csv", "prune_time": "prune_time_*.csv", "models": "*.models.csv",
+}  # fmt: skip
+"""Kind of CSV -> the names of its files in `results/`."""
 BLOCK = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table:\1 -->", flags=re.DOTALL)
 
 
@@ -56,10 +60,10 @@ def fill(text: str, data: Data, images: Path, *, write: bool) -> tuple[str, list
             content, is_current = draw(figure, data, images, write=write)
             if not is_current:
                 stale.append(figure)
-        elif name in TABLES:
-            content = TABLES[name](data)
+        elif name in ALL_TABLES:
+            content = ALL_TABLES[name](data)
         else:
-            raise ValueError(f"the page asks for table {name!r}; there are {', '.join(TABLES)}")
+            raise ValueError(f"the page asks for table {name!r}; there are {', '.join(ALL_TABLES)}")
         return f"<!-- table:{name} -->\n{content}<!-- /table:{name} -->"
 
     return BLOCK.sub(block, text), stale

@@ -284,58 +284,6 @@ def no_help(data: Data) -> str:
     return text + markdown(["n", "v", *(percent(str(s)) for s in sparsities)], lines, left=1)
 
 
-# -- host, CPU, search, machines --------------------------------------------------------------------------------------
-
-
-def host(data: Data) -> str:
-    """Host cost of a call."""
-    rows = data.of("host")
-    if not rows:
-        return absent("bench_host_cost.py")
-    lines = [[r["machine"], r["what"], micros(r["median_us"]) if r["median_us"] else r["note"],
-              f"{micros(r['p10_us'])} to {micros(r['p90_us'])}" if r["p10_us"] else "-"] for r in rows]  # fmt: skip
-    return markdown(["machine", "call", "median", "10th to 90th percentile"], lines, left=2)
-
-
-def cpu(data: Data) -> str:
-    """README: the CPU table."""
-    rows = data.of("cpu")
-    if not rows:
-        return absent("bench_cpu.py")
-    first = rows[0]
-    features = " with AVX-512" if "avx512f" in first.get("features", "") else ""
-    lines = []
-    for r in rows:
-        times = [float(r[key]) for key in ("numpy_ms", "torch_ms") if r.get(key)]
-        lines.append([
-            f"{r['m']} x {r['k']}, n = {r['n']}", percent(r["sparsity"]), r["v"], r["dtype"], r["layout"],
-            micros(str(1e3 * min(times))), micros(str(1e3 * float(r["sparse_ms"]))), ratio(r["speedup"]),
-        ])  # fmt: skip
-    header = ["product", "zeros", "v", "dtype", "layout", "dense", "shflnb", "speed-up"]
-    return (
-        f"Against the better of NumPy and torch on the same dtype; {first['processor']}{features}, {first['threads']} "
-        f"threads, {first['date']}.\n\n{markdown(header, lines)}"
-    )
-
-
-def machines(data: Data) -> str:
-    """Where and with what each CSV was measured."""
-    if not data.machines:
-        return absent("bench_spmm.py")
-    lines = []
-    for name, found in sorted(data.machines.items()):
-        gpu_found, smi = found.get("gpu", {}), found.get("gpu", {}).get("nvidia_smi", {})
-        after = found.get("nvidia_smi_after", {})
-        where = gpu_found.get("name") or f"{found['cpu']['name']}, {found['cpu']['cores']} cores"
-        versions = ", ".join(f"{n} {v}" for n, v in found["packages"].items() if v and n in
-                             ("torch", "triton", "numba", "numba-cuda", "cuda-core", "numpy"))  # fmt: skip
-        clocks = f"SM {after.get('clocks.sm', '-')} after, {smi.get('clocks.max.sm', '-')} at most" if smi else "-"
-        driver = smi.get("driver_version", "-")
-        lines.append([name, where, driver, clocks, versions, found["date"][:10], f"{found.get('seconds', 0):.0f} s"])
-    return markdown(["run", "machine", "driver", "clocks", "versions", "date", "took"], lines, left=7)
-
-
 TABLES: dict[str, Callable[[Data], str]] = {
-    "gpu": gpu, "cpu": cpu, "bars": bars, "variants": variants, "peers": peers, "small_n": small_n, "no_help": no_help,
-    "host": host, "machines": machines,
+    "gpu": gpu, "bars": bars, "variants": variants, "peers": peers, "small_n": small_n, "no_help": no_help,
 }  # fmt: skip

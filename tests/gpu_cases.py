@@ -24,7 +24,7 @@ TINY = {"float16": 2.0**-24, "bfloat16": 2.0**-133}
 FLOAT32_EPS = 2.0**-23
 
 
-# --- matrices ----------------------------------------------------------------------------------------------------------
+# --- matrices --------------------------------------------------------------------------------------------------------
 def random_lengths(rng: np.random.Generator, groups: int, k: int) -> list[int]:
     """Kept columns per group: anything from none to all, with some of both."""
     lengths = rng.integers(0, k + 1, groups)
@@ -80,7 +80,7 @@ def dense_of(packed: ShflBWMatrix, what: str = "weights") -> Any:
     return dense
 
 
-# --- references and verdicts ---------------------------------------------------------------------------------------------
+# --- references and verdicts -----------------------------------------------------------------------------------------
 def activate(y: Any, activation: str | None) -> Any:
     import torch
 

@@ -81,7 +81,7 @@ def test_bad_requests_are_refused(arguments: list[str], text: str) -> None:
 def test_without_a_gpu_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "find_cuda", lambda: type("None_", (), {"problem": "no CUDA driver", "devices": ()}))
     assert bench.choose_device(None)[0] == "cpu"
-    with pytest.raises(DeviceError, match="no CUDA driver.*--device cpu"):
+    with pytest.raises(DeviceError, match=r"no CUDA driver.*--device cpu"):
         bench.choose_device("cuda")
 
 

@@ -12,9 +12,13 @@ import plots
 import pytest
 import report
 import tables
+import tables_more
 from bench_host_cost import FIELDS as HOST_FIELDS
+from bench_models import FIELDS as MODEL_FIELDS
 from bench_peers import FIELDS as PEER_FIELDS
+from bench_prune import QUALITY_FIELDS, TIME_FIELDS
 from bench_spmm import FIELDS as SPMM_FIELDS
+from bench_tradeoff import FIELDS as TRADEOFF_FIELDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in report.PAGES}
@@ -70,6 +74,33 @@ def root(tmp_path: Path) -> Path:
         peer("torch BSR 128, tuned", 0.75, 1.6789), peer("cuSPARSE CSR", 0.75, 0.02), peer("shflnb v = 64", 0.75, 9.0),
         peer("cuSPARSE Blocked-ELL 32", 0.75, None, "cannot run because OSError: libcusparse was not found"),
     ])  # fmt: skip
+    tradeoff = [
+        {"v": v, "sparsity": s, "search": search, "retained": kept, "matrix": "text_q0"}
+        for v, s, search, kept in ((64, 0.75, "refined", 0.4), (64, 0.75, "paper", 0.3), (128, 0.75, "refined", 0.35))
+    ]
+    write_csv(results / "tradeoff.csv", TRADEOFF_FIELDS, tradeoff)
+    quality = [
+        {"matrix": name, "m": 384, "k": 384, "v": 32, "unstructured": 0.5, "default": kept, "paper": 0.25}
+        for name, kept in (("text_q0", 0.4), ("text_q1", 0.1), ("gaussian", 0.9))
+    ]
+    write_csv(results / "prune_quality.csv", tuple(QUALITY_FIELDS), quality)
+    write_csv(results / "prune_time_test.csv", tuple(TIME_FIELDS), [
+        {"device": "testgpu", "m": 4096, "k": 4096, "v": 64, "search": "refined", "quality": "fast", "retained": 0.3456,
+         "seconds": 1.234, "memory_x": 3.21}
+    ])  # fmt: skip
+    models = [
+        {
+            "part": "bert",
+            "case": "32 x 512",
+            "what": "sparse",
+            "dtype": "float16",
+            "median_us": 5e4,
+            "speedup": 1.777,
+            "bar": 1.5,
+        },
+        {"part": "slower", "case": "one of many layers", "what": "sparse", "speedup": 1.1},
+    ]
+    write_csv(results / "testgpu.models.csv", MODEL_FIELDS, models)
     write_csv(results / "testgpu.host.csv", HOST_FIELDS, [
         {"machine": "testgpu", "what": "shflnb.matmul", "median_us": 11.25, "p10_us": 11, "p90_us": 12},
         {"machine": "testgpu", "what": "torch 2:4 (cuSPARSELt)", "note": "cannot run because of a test"},
@@ -94,7 +125,7 @@ def test_no_figure_on_the_page_was_typed_by_hand() -> None:
 
 def test_every_table_and_figure_is_on_a_page() -> None:
     named = {match.group(1) for text in PAGES.values() for match in report.BLOCK.finditer(text)}
-    assert named == set(tables.TABLES) | {f"figure_{name}" for name in plots.FIGURES}
+    assert named == set(tables_more.ALL_TABLES) | {f"figure_{name}" for name in plots.FIGURES}
 
 
 def test_an_update_changes_only_blocks_and_is_stable(root: Path) -> None:
@@ -159,9 +190,30 @@ def test_where_it_does_not_help(root: Path) -> None:
     assert "| 2049 and more | 32 | **0.80** / 0.80 | - |" in text and "| 1 to 8 | 64 | - | 1.90 / 1.90 |" in text
 
 
+def test_search_tables(root: Path) -> None:
+    report.update(root)
+    page = (root / "docs/performance.md").read_text(encoding="utf-8")
+    text = block(page, "search")
+    assert "over 2 trained matrices" in text and "| shflnb (default) | 20.0 % |" in text  # sqrt(0.4 * 0.1)
+    assert "| single weights (the limit) | 50.0 % |" in text and "best" not in text
+    row = "| testgpu | 4096 x 4096, v = 64 | refined, fast | 1.23 s | 34.6 % | 3.2x |"
+    assert row in block(page, "search_time")
+
+
+def test_models_table(root: Path) -> None:
+    report.update(root)
+    text = block((root / "docs/performance.md").read_text(encoding="utf-8"), "models")
+    assert "| bert | 32 x 512 | float16 | sparse | 50 ms | 1.78x | 1.5 |" in text and "one of many" not in text
+
+
+def test_tradeoff_joins_kept_score_and_speed(root: Path) -> None:
+    found = plots.tradeoff_data(report.load(root / "benchmarks" / "results"))
+    assert found == {"v = 64": [(0.4, 2.718)], "v = 128": [(0.35, 2.5)]}
+
+
 def test_without_csvs_every_block_says_what_is_missing(tmp_path: Path) -> None:
     data = report.load(tmp_path)
-    for name, table in tables.TABLES.items():
+    for name, table in tables_more.ALL_TABLES.items():
         assert re.search(r"Not measured yet.*`python benchmarks/\w+\.py", table(data)), name
     for name in plots.FIGURES:
         text, is_current = plots.draw(name, data, tmp_path, write=True)
@@ -170,14 +222,14 @@ def test_without_csvs_every_block_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_programs_named_by_empty_tables_exist() -> None:
-    texts = [table(tables.Data()) for table in tables.TABLES.values()]
+    texts = [table(tables.Data()) for table in tables_more.ALL_TABLES.values()]
     for script in {name for text in texts for name in re.findall(r"benchmarks/(\w+\.py)", text)}:
         assert (ROOT / "benchmarks" / script).is_file(), script
 
 
 def test_figures_hold_their_data(root: Path) -> None:
     report.update(root)
-    for name in ("speedup", "roof", "small_n"):
+    for name in ("speedup", "roof", "small_n", "tradeoff"):
         text = (root / f"docs/img/{name}.svg").read_text(encoding="utf-8")
         assert "<svg" in text and plots.digest_in(root / f"docs/img/{name}.svg")
     assert "torch BSR 128, tuned" in (root / "docs/img/speedup.svg").read_text(encoding="utf-8")

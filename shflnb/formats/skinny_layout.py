@@ -6,11 +6,15 @@ A *step* is 16 kept columns of one *item* (at most 64 rows of a group; v = 128 g
     [rows / 16][32 lanes][8 halves]   operand A in fragment order, as in `layout.to_mma`
     [16 column places, uint16]        0 .. window - 1, or PADDING; the highest bit is set in the last step of a piece
 
-Work is cut three times, always into equal numbers of steps: items go to *teams* (longest first, to the team with least);
-a team's steps, sorted by column, go to its *ranks* (thread blocks of a cluster), so that a rank needs only a window of
-x; a rank's steps, sorted by item, go to its *warps*. A window that would be wider than `window` rows is cut into
-*phases*. A *piece* is what one warp has of one item in one phase: its sum fills one *slot*, and the sum of an item's slots
-in the order of the entries is the item's result, so that the order of every addition is fixed here.
+Work is cut three times: items go to *teams* (longest first, to the team with least); a team's steps, sorted by column, go
+in equal numbers to its *ranks* (thread blocks of a cluster), so that a rank needs only a window of x; a rank's steps go
+to its *warps*. A window that would be wider than `window` rows is cut into *phases*. A *piece* is what a warp sums in its
+registers without a break: its sum fills one *slot*, and the sum of an item's slots in the order of the entries is the
+item's result, so that the order of every addition is fixed here.
+
+Where no team has more items than a block has warps, the layout is *owned*: each warp works on one item only, through
+all phases, and has one piece; the slots of 64 columns then fit where the window of x was. Else a rank's steps, sorted by
+item, go in equal numbers to the warps, and a piece ends with every item and phase.
 
 Inside a piece the columns are ordered so that eight neighbours fall into different shared-memory banks; `place_of_row`
 is the order in which the rows of a window stand there.
@@ -54,6 +58,9 @@ class SkinnyLayout:
         rank * 65536 + slot of every piece, by item, in the order of their addition.
     teams_ptr : uint32 array, shape (teams + 1,)
         Items of each team.
+    team_table : uint32 array, shape (teams, words)
+        What a block must know of its team, in one piece: first item, items, then where each item's entries begin and where
+        the last one's end (words of this row), then the entries.
     item_ids : int64 array, shape (items,)
         group * (items per group) + part, for each item in the order of the teams.
     rows : uint32 array, shape (items * item_rows,)
@@ -66,6 +73,7 @@ class SkinnyLayout:
     entry_ptr: np.ndarray
     entries: np.ndarray
     teams_ptr: np.ndarray
+    team_table: np.ndarray
     item_ids: np.ndarray
     rows: np.ndarray
     ranks: int
@@ -73,6 +81,7 @@ class SkinnyLayout:
     v: int
     groups: int
     dtype: np.dtype
+    is_owned: bool
 
     @property
     def item_rows(self) -> int:
@@ -103,8 +112,7 @@ class SkinnyLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays that go to the device."""
-        return sum(a.nbytes for a in (self.records, self.warps, self.windows, self.entry_ptr, self.entries,
-                                      self.teams_ptr, self.rows))  # fmt: skip
+        return sum(a.nbytes for a in (self.records, self.warps, self.windows, self.team_table, self.rows))
 
 
 def place_of_row(row: np.ndarray) -> np.ndarray:
@@ -154,8 +162,9 @@ def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: 
     item_ids = np.argsort(team_of_item, kind="stable")
     order_of_item = np.empty(len(item_ids), np.int64)
     order_of_item[item_ids] = np.arange(len(item_ids))
-    work = _Work.of(cut, parts, team_of_item, order_of_item, (teams, ranks, warps), window)
-    warp_table, slots, last = _pieces(work, teams * ranks, warps)
+    is_owned = bool(np.bincount(team_of_item, minlength=1).max(initial=0) <= warps)
+    work = _Work.of(cut, parts, team_of_item, order_of_item, (teams, ranks, warps), window, is_owned)
+    warp_table, slots, last = _pieces(work, teams * ranks, warps, is_owned)
     entry_ptr, entries = _entries(work, last, slots, ranks, len(item_ids))
     records = _records(packed, cut, work, last, parts)
     rows = np.full((len(item_ids), min(packed.v, 64)), NO_ROW, np.uint32)
@@ -163,8 +172,9 @@ def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: 
     padded[: packed.shape[0]] = packed.row_perm
     rows[:] = padded.reshape(-1, min(packed.v, 64))[item_ids]
     teams_ptr = np.searchsorted(team_of_item[item_ids], np.arange(teams + 1)).astype(np.uint32)
-    return SkinnyLayout(records, warp_table, work.windows, entry_ptr, entries, teams_ptr, item_ids, rows.reshape(-1), ranks,
-                        work.phases, packed.v, packed.groups, packed.values.dtype)  # fmt: skip
+    table = _team_table(teams_ptr.astype(np.int64), entry_ptr.astype(np.int64), entries)
+    return SkinnyLayout(records, warp_table, work.windows, entry_ptr, entries, teams_ptr, table, item_ids, rows.reshape(-1),
+                        ranks, work.phases, packed.v, packed.groups, packed.values.dtype, is_owned)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -231,7 +241,7 @@ class _Work:
 
     @classmethod
     def of(cls, cut: _Steps, parts: int, team_of_item: np.ndarray, order_of_item: np.ndarray,
-           counts: tuple[int, int, int], window: int) -> _Work:  # fmt: skip
+           counts: tuple[int, int, int], window: int, is_owned: bool) -> _Work:  # fmt: skip
         teams, ranks, warps = counts
         step = np.tile(np.arange(len(cut.group)), parts)
         item_id = cut.group[step] * parts + np.repeat(np.arange(parts), len(cut.group))
@@ -243,7 +253,10 @@ class _Work:
         phase, phases, windows = _phases(cut, step, block, teams * ranks, window)
         order = np.lexsort((cut.first[step], order_of_item[item_id], phase, block))
         step, item_id, block, phase = step[order], item_id[order], block[order], phase[order]
-        warp, _ = _equal_parts(block * phases + phase, warps)
+        if is_owned:
+            warp = _own_items(block, order_of_item[item_id], phase, warps)
+        else:
+            warp, _ = _equal_parts(block * phases + phase, warps)
         order = np.lexsort((np.arange(len(step)), phase, warp, block))
         step, item_id, block, phase, warp = step[order], item_id[order], block[order], phase[order], warp[order]
         return cls(step, order_of_item[item_id], item_id, block, warp, phase, phases, windows)
@@ -254,6 +267,33 @@ def _equal_parts(key: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
     _, start, count = np.unique(key, return_index=True, return_counts=True)
     at = np.arange(len(key)) - np.repeat(start, count)
     return at * parts // np.maximum(np.repeat(count, count), 1), start
+
+
+def _own_items(block: np.ndarray, item: np.ndarray, phase: np.ndarray, warps: int) -> np.ndarray:
+    """Warp of each step (sorted by block, phase and item) when a warp may work on one item only.
+
+    Each item of a block gets a warp, and the next warp always goes to the item whose warps have most steps; a phase's
+    steps of an item are cut evenly among its warps.
+    """
+    if not len(block):
+        return np.zeros(0, np.int64)
+    cells, cell, steps = np.unique(np.stack([block, item]), axis=1, return_inverse=True, return_counts=True)
+    owners = np.ones(len(cells[0]), np.int64)
+    first = np.zeros(len(cells[0]), np.int64)
+    bounds = np.flatnonzero(np.append(np.append(True, cells[0][1:] != cells[0][:-1]), True))
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        for _ in range(warps - (end - begin)):
+            owners[begin + int(np.argmax(steps[begin:end] / owners[begin:end]))] += 1
+        first[begin:end] = np.cumsum(owners[begin:end]) - owners[begin:end]
+    cell = cell.reshape(-1)
+    run = cell * (int(phase.max()) + 1) + phase
+    order = np.argsort(run, kind="stable")
+    _, start, count = np.unique(run[order], return_index=True, return_counts=True)
+    at = np.empty(len(run), np.int64)
+    at[order] = np.arange(len(run)) - np.repeat(start, count)
+    size = np.empty(len(run), np.int64)
+    size[order] = np.repeat(count, count)
+    return first[cell] + at * owners[cell] // size
 
 
 def _phases(cut: _Steps, step: np.ndarray, block: np.ndarray, blocks: int, window: int) -> tuple[np.ndarray, int, np.ndarray]:
@@ -286,12 +326,14 @@ def _phases(cut: _Steps, step: np.ndarray, block: np.ndarray, blocks: int, windo
     return phase, phases, windows
 
 
-def _pieces(work: _Work, blocks: int, warps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pieces(work: _Work, blocks: int, warps: int, is_owned: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The warps' table, the slot of each step's piece, and which steps are the last of theirs."""
     n = len(work.step)
     cell = work.block * warps + work.warp
     begins = np.ones(n, bool)
-    begins[1:] = (cell[1:] != cell[:-1]) | (work.phase[1:] != work.phase[:-1]) | (work.item[1:] != work.item[:-1])
+    begins[1:] = (cell[1:] != cell[:-1]) | (work.item[1:] != work.item[:-1])
+    if not is_owned:
+        begins[1:] |= work.phase[1:] != work.phase[:-1]
     last = np.ones(n, bool)
     last[:-1] = begins[1:]
     pieces_before = np.searchsorted(work.block[begins], np.arange(blocks))
@@ -318,6 +360,20 @@ def _entries(work: _Work, last: np.ndarray, slot: np.ndarray, ranks: int, items:
     return entry_ptr, (rank * 65536 + at)[order].astype(np.uint32)
 
 
+def _team_table(teams_ptr: np.ndarray, entry_ptr: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    """The rows of `SkinnyLayout.team_table`, a multiple of 4 words each, so that they can be copied 16 bytes at a time."""
+    items, counts = np.diff(teams_ptr), np.diff(entry_ptr[teams_ptr])
+    words = -(-int((3 + items + counts).max(initial=4)) // 4) * 4
+    table = np.zeros((len(items), words), np.uint32)
+    for team, (begin, end) in enumerate(zip(teams_ptr[:-1].tolist(), teams_ptr[1:].tolist(), strict=True)):
+        pointers = entry_ptr[begin : end + 1]
+        head = 3 + end - begin
+        table[team, :2] = begin, end - begin
+        table[team, 2:head] = pointers - pointers[0] + head
+        table[team, head : head + counts[team]] = entries[pointers[0] : pointers[-1]]
+    return table
+
+
 def _records(packed: ShflBWMatrix, cut: _Steps, work: _Work, last: np.ndarray, parts: int) -> np.ndarray:
     """Weights in fragment order and column places of every step."""
     n, rows = len(work.step), min(packed.v, 64)
@@ -326,8 +382,8 @@ def _records(packed: ShflBWMatrix, cut: _Steps, work: _Work, last: np.ndarray, p
     places = np.full((n, 16), PADDING, np.int64)
     kept = source >= 0
     places[kept] = place_of_row(packed.indices[source[kept]].astype(np.int64) - np.repeat(window, kept.sum(axis=1)))
-    piece = np.repeat(np.cumsum(last) - last, 16)
-    order = _spread_banks(piece, places.reshape(-1))
+    run = (np.cumsum(last) - last) * work.phases + work.phase  # columns change places inside a piece, but not from phase to phase
+    order = _spread_banks(np.repeat(run, 16), places.reshape(-1))
     source, places = source.reshape(-1)[order].reshape(n, 16), places.reshape(-1)[order].reshape(n, 16)
     records = np.zeros((n, rows * 16 + 16), np.uint16)
     bits = packed.values.view(np.uint16).reshape(-1, parts, rows)

@@ -98,8 +98,6 @@ class DeviceMemory:
                 _check(driver.cuMemcpyHtoD(address, np.ascontiguousarray(a).ctypes.data, a.nbytes), "copy to the device")
         # a copy from pageable memory may still be on its way when the call returns, and kernels on other streams do not wait
         _check(driver.cuStreamSynchronize(driver.CUstream(driver.CU_STREAM_LEGACY)), "copy to the device")
-        # from pageable memory the copy may return before it has arrived; streams that do not wait for stream 0 would not see it
-        _check(driver.cuStreamSynchronize(driver.CUstream(0)), "copy to the device")
 
     def __del__(self) -> None:
         pointer, self._pointer = getattr(self, "_pointer", None), None

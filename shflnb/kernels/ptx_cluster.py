@@ -10,9 +10,11 @@ from numba.cuda import types
 from .ptx import f32, instruction, u32, u64
 
 __all__ = ["cluster_arrive", "cluster_wait", "cp_async_16_if", "cp_async_16_streamed", "grid_launch_dependents", "grid_wait",
-           "high_halves", "ld_cluster_v4_f32", "ld_global_cg_v4_f32", "ld_global_nc_v4_if", "ld_shared_v4_f32", "low_halves",
-           "min_u32", "rank_address", "st_global_v4_f32", "st_shared_v4_f32"]  # fmt: skip
+           "high_halves", "ld_cluster_v4_f32_if", "ld_global_cg_v4_f32_if", "ld_global_nc_v4_if", "ld_shared_v4_f32_if", "low_halves",
+           "min_u32", "rank_address", "st_global_u32", "st_global_v4_f32", "st_shared_v4_f32"]  # fmt: skip
 
+_LOAD_IF = ("{{ .reg .pred p; setp.ne.u32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; "
+            "mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; @p ld.{}.v4.f32 {{$0,$1,$2,$3}}, [$4]; }}")  # fmt: skip
 _F32X4, _U32X4 = types.UniTuple(f32, 4), types.UniTuple(u32, 4)
 
 # --- clusters --------------------------------------------------------------------------------------------------------
@@ -24,9 +26,9 @@ cluster_wait = instruction(
 rank_address = instruction(
     "Address, in the cluster's shared window, that a shared address of this block has in the block of a rank.",
     "mapa.shared::cluster.u32 $0, $1, $2;", (u32, u32), "=r,r,r", u32, volatile=False)  # fmt: skip
-ld_cluster_v4_f32 = instruction(
-    "Load 4 float32 from the shared memory of a block of the cluster.",
-    "ld.shared::cluster.v4.f32 {$0,$1,$2,$3}, [$4];", (u32,), "=f,=f,=f,=f,r,~{memory}", _F32X4)  # fmt: skip
+ld_cluster_v4_f32_if = instruction(
+    "Load 4 float32 from the shared memory of a block of the cluster if the last argument is not 0; zeros otherwise.",
+    _LOAD_IF.format("shared::cluster"), (u32, u32), "=&f,=&f,=&f,=&f,r,r,~{memory}", _F32X4)  # fmt: skip
 
 # --- programmatic launch ---------------------------------------------------------------------------------------------
 grid_wait = instruction(
@@ -54,12 +56,15 @@ ld_global_nc_v4_if = instruction(
     "{ .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; "
     "@p ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4]; }",
     (u64, u32), "=&r,=&r,=&r,=&r,l,r", _U32X4)  # fmt: skip
-ld_global_cg_v4_f32 = instruction(
-    "Load 4 float32 from L2.", "ld.global.cg.v4.f32 {$0,$1,$2,$3}, [$4];", (u64,), "=f,=f,=f,=f,l,~{memory}", _F32X4)
+ld_global_cg_v4_f32_if = instruction(
+    "Load 4 float32 from L2 if the last argument is not 0; zeros otherwise.",
+    _LOAD_IF.format("global.cg"), (u64, u32), "=&f,=&f,=&f,=&f,l,r,~{memory}", _F32X4)  # fmt: skip
 st_global_v4_f32 = instruction(
     "Store 4 float32.", "st.global.v4.f32 [$0], {$1,$2,$3,$4};", (u64, f32, f32, f32, f32), "l,f,f,f,f,~{memory}")
-ld_shared_v4_f32 = instruction(
-    "Load 4 float32.", "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", (u32,), "=f,=f,=f,=f,r,~{memory}", _F32X4)
+st_global_u32 = instruction("Store 4 bytes.", "st.global.u32 [$0], $1;", (u64, u32), "l,r,~{memory}")
+ld_shared_v4_f32_if = instruction(
+    "Load 4 float32 if the last argument is not 0; zeros otherwise.",
+    _LOAD_IF.format("shared"), (u32, u32), "=&f,=&f,=&f,=&f,r,r,~{memory}", _F32X4)  # fmt: skip
 st_shared_v4_f32 = instruction(
     "Store 4 float32.", "st.shared.v4.f32 [$0], {$1,$2,$3,$4};", (u32, f32, f32, f32, f32), "r,f,f,f,f,~{memory}")
 

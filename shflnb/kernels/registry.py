@@ -56,7 +56,9 @@ def _few_columns(arch: str) -> Iterator[KernelSpec]:
             )):  # fmt: skip
                 for dtype in ("float16", "bfloat16"):
                     for epilogue in EPILOGUES:
-                        shallow = SkinnyConfig(v, chunks, warps, 2, finish, slots, dtype, epilogue, is_chained=has_clusters)
+                        shallow = SkinnyConfig(
+                            v, chunks, warps, 2, finish, slots, dtype, epilogue, is_chained=has_clusters
+                        )
                         depth = 1 + RECORDS_IN_FLIGHT_KB * 1024 // (warps * shallow.record_bytes)
                         config = replace(shallow, depth=max(3, min(9, depth)))
                         yield skinny_spec(config, smem_limit(capability))

@@ -24,6 +24,7 @@ from numba.cuda import types
 
 from .epilogue import HAS_RESIDUAL, NO_ROW, make_activation, make_load_bias
 from .ptx import (
+    cp_async_16_whole,
     cp_async_commit,
     cp_async_wait,
     div_u32,
@@ -31,12 +32,12 @@ from .ptx import (
     ld_global_nc_v4,
     ld_global_u16,
     ld_shared_u16,
+    ld_shared_u32,
     ld_shared_v4,
     ldmatrix_x2_trans,
     ldmatrix_x4_trans,
     make_mma_m16n8k16,
     pack_pair,
-    shuffle,
     smem_address,
     st_global_u16,
     st_shared_v4,
@@ -51,25 +52,27 @@ from .ptx_cluster import (
     grid_launch_dependents,
     grid_wait,
     high_halves,
-    ld_cluster_v4_f32,
-    ld_global_cg_v4_f32,
+    ld_cluster_v4_f32_if,
+    ld_global_cg_v4_f32_if,
     ld_global_nc_v4_if,
-    ld_shared_v4_f32,
+    ld_shared_v4_f32_if,
     low_halves,
     min_u32,
     rank_address,
+    st_global_u32,
     st_global_v4_f32,
     st_shared_v4_f32,
 )
 from .skinny_plan import SkinnyConfig
 
-__all__ = ["TOKEN_CHUNKS", "FEATURE_CHUNKS", "make_skinny", "make_skinny_sum"]
+__all__ = ["FEATURE_CHUNKS", "OUT_PAIRS", "TOKEN_CHUNKS", "make_skinny", "make_skinny_sum"]
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
 
 # bits of `flags` beside those of epilogue.py
 TOKEN_CHUNKS = 16  # x: features contiguous, tokens start at 16-byte boundaries
 FEATURE_CHUNKS = 32  # x: tokens contiguous, features start at 16-byte boundaries
+OUT_PAIRS = 64  # out: tokens contiguous, features start at 4-byte boundaries
 LAST_STEP, PLACE = 0x8000, 0x7FFF
 
 
@@ -190,7 +193,7 @@ def make_multiply_step(config: SkinnyConfig) -> Callable[..., Any]:
 
 def make_flush(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function that moves the sums of a piece to its slot, [strip][chunk][lane][4 values], and starts again at 0."""
-    tiles, is_shared = config.strips * config.chunks, config.slots == "shared"
+    tiles, is_shared = config.strips * config.chunks, config.slots != "global"
 
     def flush(acc, to_shared, to_global):
         for t in range(tiles):
@@ -206,102 +209,133 @@ def make_flush(config: SkinnyConfig) -> Callable[..., Any]:
     return cuda.jit(device=True, forceinline=True)(flush)
 
 
-def make_store_value(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function that rounds one value, adds the residual and stores it; rows and tokens that do not exist are skipped."""
+def make_store_pair(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function that adds the residual to two tokens of a row, rounds and stores them; what does not exist is skipped."""
     pack, low = pack_pair[config.dtype], unpack_low[config.dtype]
     plain = config.epilogue == "plain"
 
-    def store_value(value, row, token, n, out, ot, of, residual, rt, rf, flags):
+    def store_pair(first, second, row, token, n, out, ot, of, residual, rt, rf, flags):
         if row != u32(NO_ROW) and token < n:
-            half = pack(value, f32(0.0))
+            has_second = u32(token + u32(1)) < n
             if not plain:
                 if flags & u32(HAS_RESIDUAL):
-                    other = u32(ld_global_u16(residual + (u64(row) * rf + u64(token) * rt) * u64(2)))
-                    half = pack(low(half) + low(other), f32(0.0))
-            st_global_u16(out + (u64(row) * of + u64(token) * ot) * u64(2), u16(half & u32(0xFFFF)))
+                    at = residual + (u64(row) * rf + u64(token) * rt) * u64(2)
+                    first = first + low(u32(ld_global_u16(at)))
+                    if has_second:
+                        second = second + low(u32(ld_global_u16(at + rt * u64(2))))
+            halves = pack(first, second)
+            to = out + (u64(row) * of + u64(token) * ot) * u64(2)
+            if has_second and (flags & u32(OUT_PAIRS)) != u32(0):
+                st_global_u32(to, halves)
+            else:
+                st_global_u16(to, u16(halves & u32(0xFFFF)))
+                if has_second:
+                    st_global_u16(to + ot * u64(2), u16(halves >> u32(16)))
 
-    return cuda.jit(device=True, forceinline=True)(store_value)
+    return cuda.jit(device=True, forceinline=True)(store_pair)
 
 
 def make_load_slot(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function: the 4 values of this lane in a tile of the slot that an entry names."""
-    slot_bytes, is_shared, is_cluster = config.slot_bytes, config.slots == "shared", config.finish == "cluster"
+    """Device function: the 4 values of this lane in a tile of the slot that an entry names; zeros unless `exists`."""
+    slot_bytes, is_shared, is_cluster = config.slot_bytes, config.slots != "global", config.finish == "cluster"
 
-    def load_slot(entry, shared_at, global_at, slots):
+    def load_slot(entry, exists, shared_at, global_at, slots):
         rank, slot = u32(entry >> u32(16)), u32(entry & u32(0xFFFF))
         if is_shared:
             at = u32(shared_at + slot * u32(slot_bytes))
             if is_cluster:
-                return ld_cluster_v4_f32(rank_address(at, rank))
-            return ld_shared_v4_f32(at)
-        return ld_global_cg_v4_f32(global_at + u64(u32(rank * slots + slot)) * u64(slot_bytes))
+                return ld_cluster_v4_f32_if(rank_address(at, rank), exists)
+            return ld_shared_v4_f32_if(at, exists)
+        return ld_global_cg_v4_f32_if(global_at + u64(u32(rank * slots + slot)) * u64(slot_bytes), exists)
 
     return cuda.jit(device=True, forceinline=True)(load_slot)
 
 
 def make_sum_slots(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function: a warp adds the slots of every ranks * warps-th 16 x 8 tile of its team, in order, and stores the result."""
+    """Device function: a warp adds the slots of every ranks * warps-th 16 x 8 tile of its team, in order, and stores the result.
+
+    `table` is the team's row of the layout's `team_table` in shared memory. Eight slots are asked for at a time: one after
+    the other, their latencies were three quarters of a product with 64 columns (H200, 2026-11).
+    """
     tiles_of_item, chunks, warps = config.strips * config.chunks, config.chunks, config.warps
     item_rows = 16 * config.strips
     plain = config.epilogue == "plain"
     activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
-    store_value, load_slot = make_store_value(config), make_load_slot(config)
+    store_pair, load_slot = make_store_pair(config), make_load_slot(config)
 
-    def sum_slots(first, tile, tiles, ranks, lane, entry_ptr, entries, rows, slot_at, work_at, slots, n, out, ot, of, bias,
-                  residual, rt, rf, flags):  # fmt: skip
+    def sum_slots(table, rank, warp, ranks, lane, rows, slot_at, work_at, slots, n, out, ot, of, bias, residual, rt, rf,
+                  flags):  # fmt: skip
+        first = ld_shared_u32(table)
+        tiles = u32(ld_shared_u32(u32(table + u32(4))) * u32(tiles_of_item))
+        tile = u32(rank * u32(warps) + warp)
+        values = cuda.local.array(32, f32)
         while tile < tiles:
-            item = u32(first + u32(tile // u32(tiles_of_item)))
+            item = u32(tile // u32(tiles_of_item))
             part = u32(tile % u32(tiles_of_item))
-            begin = ld_global_nc_u32(entry_ptr + u64(item) * u64(4))
-            end = ld_global_nc_u32(entry_ptr + u64(item) * u64(4) + u64(4))
-            row_at = rows + u64(u32(item * u32(item_rows) + u32(part // u32(chunks)) * u32(16) + (lane >> u32(2)))) * u64(4)
+            row_at = rows + u64(u32((first + item) * u32(item_rows) + u32(part // u32(chunks)) * u32(16) + (lane >> u32(2)))) * u64(4)
             low_row, high_row = ld_global_nc_u32(row_at), ld_global_nc_u32(row_at + u64(32))
+            entry = u32(table + ld_shared_u32(u32(table + u32(8) + item * u32(4))) * u32(4))
+            end = u32(table + ld_shared_u32(u32(table + u32(12) + item * u32(4))) * u32(4))
             offset = u32(part * u32(512) + lane * u32(16))
             s0, s1, s2, s3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
-            while begin < end:
-                mine = u32(0)
-                if u32(begin + lane) < end:
-                    mine = ld_global_nc_u32(entries + u64(u32(begin + lane)) * u64(4))
-                count = min_u32(u32(end - begin), u32(32))
-                for j in range(count):
-                    four = load_slot(shuffle(mine, u32(j)), u32(slot_at + offset), work_at + u64(offset), slots)
-                    s0 += four[0]
-                    s1 += four[1]
-                    s2 += four[2]
-                    s3 += four[3]
-                begin = u32(begin + u32(32))
+            while entry < end:
+                for j in range(8):
+                    at = min_u32(u32(entry + u32(4 * j)), u32(end - u32(4)))
+                    exists = u32(1) if u32(entry + u32(4 * j)) < end else u32(0)
+                    four = load_slot(ld_shared_u32(at), exists, u32(slot_at + offset), work_at + u64(offset), slots)
+                    values[4 * j] = four[0]
+                    values[4 * j + 1] = four[1]
+                    values[4 * j + 2] = four[2]
+                    values[4 * j + 3] = four[3]
+                for j in range(8):
+                    s0 += values[4 * j]
+                    s1 += values[4 * j + 1]
+                    s2 += values[4 * j + 2]
+                    s3 += values[4 * j + 3]
+                entry = u32(entry + u32(32))
             token = u32(u32(part % u32(chunks)) * u32(8) + (lane & u32(3)) * u32(2))
             low_bias, high_bias = f32(0.0), f32(0.0)
             if not plain:
                 low_bias, high_bias = load_bias(bias, low_row, flags), load_bias(bias, high_row, flags)
-            next_token = u32(token + u32(1))
-            store_value(activation(s0 + low_bias), low_row, token, n, out, ot, of, residual, rt, rf, flags)
-            store_value(activation(s1 + low_bias), low_row, next_token, n, out, ot, of, residual, rt, rf, flags)
-            store_value(activation(s2 + high_bias), high_row, token, n, out, ot, of, residual, rt, rf, flags)
-            store_value(activation(s3 + high_bias), high_row, next_token, n, out, ot, of, residual, rt, rf, flags)
+            store_pair(activation(s0 + low_bias), activation(s1 + low_bias), low_row, token, n, out, ot, of, residual, rt, rf, flags)
+            store_pair(activation(s2 + high_bias), activation(s3 + high_bias), high_row, token, n, out, ot, of, residual, rt, rf, flags)
             tile = u32(tile + ranks * u32(warps))
 
     return cuda.jit(device=True, forceinline=True)(sum_slots)
 
 
+def make_copy_table(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function that starts the copy of a team's table to shared memory."""
+    threads = config.threads
+
+    def copy_table(to, source, words, tid):
+        i = u32(tid * u32(4))
+        while i < words:
+            cp_async_16_whole(u32(to + i * u32(4)), source + u64(i) * u64(4))
+            i = u32(i + u32(4 * threads))
+
+    return cuda.jit(device=True, forceinline=True)(copy_table)
+
+
 def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
     """The kernel function of a config; one block for every rank of every team.
 
-    Arguments, all uint64: addresses of the layout's arrays (records, warps, windows, entry_ptr, entries, teams_ptr, rows), of
-    x, out, bias, residual and the slots in global memory; token and feature strides of x, out and residual in values;
-    `sizes` = n | flags << 16 | k << 32; `shape` = ranks | phases << 16 | window rows << 32 | slots << 48.
+    Arguments, all uint64: addresses of the layout's arrays (records, warps, windows, team_table, rows), of x, out, bias,
+    residual and the slots in global memory; token and feature strides of x, out and residual in values;
+    `sizes` = n | flags << 16 | k << 32; `shape` = ranks | phases << 16 | window rows << 32 | slots << 48; words of a team.
     """
     strips, chunks, warps, depth = config.strips, config.chunks, config.warps, config.depth
     record_bytes, slot_bytes, ring_bytes = config.record_bytes, config.slot_bytes, config.depth * config.record_bytes
     all_rings, registers, fragment = config.ring_bytes, config.accumulators, 4 * config.strips
-    is_cluster, is_block, is_shared = config.finish == "cluster", config.finish == "block", config.slots == "shared"
+    is_cluster, is_block = config.finish == "cluster", config.finish == "block"
+    is_shared, is_last = config.slots == "shared", config.slots == "window"
     is_chained = config.is_chained
-    load_window, copy_record = make_load_window(config), make_copy_record(config)
+    load_window, copy_record, copy_table = make_load_window(config), make_copy_record(config), make_copy_table(config)
     multiply_step, flush, sum_slots = make_multiply_step(config), make_flush(config), make_sum_slots(config)
-    wait_oldest = cp_async_wait[depth - 2]
+    wait_oldest, wait_all = cp_async_wait[depth - 2], cp_async_wait[0]
 
-    def skinny(records, warp_table, windows, entry_ptr, entries, teams_ptr, rows, x, out, bias, residual, work,
-               xt, xf, ot, of, rt, rf, sizes, shape):  # fmt: skip
+    def skinny(records, warp_table, windows, team_table, rows, x, out, bias, residual, work,
+               xt, xf, ot, of, rt, rf, sizes, shape, team_words):  # fmt: skip
         smem = cuda.shared.array(0, types.uint8)
         base = smem_address(smem)
         tid = u32(cuda.threadIdx.x)
@@ -309,10 +343,17 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
         n, flags, k = u32(sizes & u64(0xFFFF)), u32((sizes >> u64(16)) & u64(0xFFFF)), u32(sizes >> u64(32))
         ranks, phases = u32(shape & u64(0xFFFF)), u32((shape >> u64(16)) & u64(0xFFFF))
         zero_place, slots = u32((shape >> u64(32)) & u64(0xFFFF)), u32(shape >> u64(48))
-        rings = u32(base + (zero_place + u32(8)) * u32(16 * chunks))
-        slot_at = u32(rings + u32(all_rings))
         table_at = warp_table + u64(u32(block * u32(warps) + warp)) * u64(u32(((phases + u32(6)) >> u32(2)) << u32(4)))
         head = ld_global_nc_v4(table_at)
+        team = div_u32(block, ranks)
+        rank = u32(block - team * ranks)
+        table = u32(base + (zero_place + u32(8)) * u32(16 * chunks))
+        rings = u32(table + u32(team_words) * u32(4))
+        slot_at = u32(rings + u32(all_rings))
+        if is_last:
+            slot_at = base
+        if is_cluster or is_block:
+            copy_table(table, team_table + u64(team) * team_words * u64(4), u32(team_words), tid)
         ring = u32(rings + warp * u32(ring_bytes) + lane * u32(16))
         source = records + u64(head[0]) * u64(record_bytes) + u64(lane) * u64(16)
         has_places = u32(1) if lane < u32(2) else u32(0)
@@ -366,24 +407,25 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
                 if use == u32(ring_bytes):
                     use = u32(0)
                 multiply_step(acc, a, base, min_u32(u32((mark & u32(PLACE)) + window[2]), zero_place), lane)
-                if mark & u32(LAST_STEP):
-                    flush(acc, to_shared, to_global)
-                    to_shared = u32(to_shared + u32(slot_bytes))
-                    to_global += u64(slot_bytes)
+                if not is_last:
+                    if mark & u32(LAST_STEP):
+                        flush(acc, to_shared, to_global)
+                        to_shared = u32(to_shared + u32(slot_bytes))
+                        to_global += u64(slot_bytes)
+        if is_last:
+            cuda.syncthreads()  # no warp reads the window any more
+            if head[2] > u32(0):
+                flush(acc, to_shared, to_global)
         if is_cluster or is_block:
-            team = div_u32(block, ranks)
-            rank = u32(block - team * ranks)
-            first = ld_global_nc_u32(teams_ptr + u64(team) * u64(4))
-            tiles = u32((ld_global_nc_u32(teams_ptr + u64(team) * u64(4) + u64(4)) - first) * u32(strips * chunks))
+            wait_all()
             if is_cluster:
                 cluster_arrive()
                 cluster_wait()
             else:
                 cuda.syncthreads()
             work_at = work + u64(u32(team * ranks * slots)) * u64(slot_bytes)
-            sum_slots(first, u32(rank * u32(warps) + warp), tiles, ranks, lane, entry_ptr, entries, rows, slot_at, work_at, slots,
-                      n, out, ot, of, bias, residual, rt, rf, flags)  # fmt: skip
-            if is_cluster and is_shared:
+            sum_slots(table, rank, warp, ranks, lane, rows, slot_at, work_at, slots, n, out, ot, of, bias, residual, rt, rf, flags)
+            if is_cluster and (is_shared or is_last):
                 cluster_arrive()  # a block's slots stay until the last rank has read them
                 cluster_wait()
 
@@ -392,21 +434,23 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
 
 def make_skinny_sum(config: SkinnyConfig) -> Callable[..., Any]:
     """The second kernel of finish="none": adds the slots and stores the results; arguments and grid as for the first."""
-    strips, chunks, warps, slot_bytes = config.strips, config.chunks, config.warps, config.slot_bytes
-    sum_slots = make_sum_slots(config)
+    slot_bytes = config.slot_bytes
+    sum_slots, copy_table, wait_all = make_sum_slots(config), make_copy_table(config), cp_async_wait[0]
 
-    def skinny_sum(records, warp_table, windows, entry_ptr, entries, teams_ptr, rows, x, out, bias, residual, work,
-                   xt, xf, ot, of, rt, rf, sizes, shape):  # fmt: skip
+    def skinny_sum(records, warp_table, windows, team_table, rows, x, out, bias, residual, work,
+                   xt, xf, ot, of, rt, rf, sizes, shape, team_words):  # fmt: skip
+        table = smem_address(cuda.shared.array(0, types.uint8))
         tid = u32(cuda.threadIdx.x)
         lane, warp, block = u32(tid & u32(31)), u32(tid >> u32(5)), u32(cuda.blockIdx.x)
         n, flags = u32(sizes & u64(0xFFFF)), u32((sizes >> u64(16)) & u64(0xFFFF))
         ranks, slots = u32(shape & u64(0xFFFF)), u32(shape >> u64(48))
         team = div_u32(block, ranks)
         rank = u32(block - team * ranks)
-        first = ld_global_nc_u32(teams_ptr + u64(team) * u64(4))
-        tiles = u32((ld_global_nc_u32(teams_ptr + u64(team) * u64(4) + u64(4)) - first) * u32(strips * chunks))
+        copy_table(table, team_table + u64(team) * team_words * u64(4), u32(team_words), tid)
+        cp_async_commit()
+        wait_all()
+        cuda.syncthreads()
         work_at = work + u64(u32(team * ranks * slots)) * u64(slot_bytes)
-        sum_slots(first, u32(rank * u32(warps) + warp), tiles, ranks, lane, entry_ptr, entries, rows, u32(0), work_at, slots,
-                  n, out, ot, of, bias, residual, rt, rf, flags)  # fmt: skip
+        sum_slots(table, rank, warp, ranks, lane, rows, u32(0), work_at, slots, n, out, ot, of, bias, residual, rt, rf, flags)
 
     return skinny_sum

@@ -18,12 +18,12 @@ __all__ = ["MAX_N", "SkinnyConfig", "SkinnyPlan", "SkinnySplit", "SkinnyWeights"
            "make_plan", "run_skinny", "skinny_plan", "skinny_weights", "sum_spec", "warps_of", "window_limit", "x_flags"]  # fmt: skip
 
 MAX_N = 64
-ARGUMENTS = 20
-HAS_RESIDUAL, TOKEN_CHUNKS, FEATURE_CHUNKS = 8, 16, 32  # bits of the kernels' flags, as in epilogue.py and skinny_mma.py
+ARGUMENTS = 19
+HAS_RESIDUAL, TOKEN_CHUNKS, FEATURE_CHUNKS, OUT_PAIRS = 8, 16, 32, 64  # bits of the kernels' flags, as in epilogue.py and skinny_mma.py
 _TEAMS: dict[tuple[int, int], dict[int, int]] = {}
 _LOCK = threading.RLock()
 FINISHES = ("block", "cluster", "none")
-SLOTS = ("shared", "global")
+SLOTS = ("window", "shared", "global")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class SkinnyConfig:
     finish: str = "cluster"
     """Who adds the slots of an item: "block" (one rank only), "cluster" (the ranks of a team), or "none" (a second kernel)."""
     slots: str = "shared"
-    """Where the pieces' sums wait: "shared" or "global" memory."""
+    """Where the pieces' sums wait: shared memory of their own, "global" memory, or, one for each warp of an owned layout,
+    the "window" once nobody reads x there."""
     dtype: str = "float16"
     epilogue: str = "plain"
     prefetch: int = 0
@@ -54,7 +55,7 @@ class SkinnyConfig:
             raise ArgumentError(f"warps = {self.warps}, depth = {self.depth}; expected 4, 8, 12 or 16 warps and depth 2 to 9")
         if self.finish not in FINISHES or self.slots not in SLOTS:
             raise ArgumentError(f"finish is {self.finish!r}, slots {self.slots!r}; expected one of {FINISHES} and of {SLOTS}")
-        if self.finish == "none" and self.slots == "shared":
+        if self.finish == "none" and self.slots != "global":
             raise ArgumentError("a second kernel cannot see shared memory; finish='none' needs slots='global'")
         if self.dtype not in ("float16", "bfloat16"):
             raise ArgumentError(f"dtype is {self.dtype!r}; the GPU kernels take float16 and bfloat16")
@@ -93,13 +94,20 @@ class SkinnyConfig:
         """float32 accumulators of a thread."""
         return self.strips * self.chunks * 4
 
-    def window_bytes(self, rows: int) -> int:
-        """Shared memory of a window of x of this many rows (a multiple of 8), the row of zeros included."""
-        return (rows + 8) * 16 * self.chunks
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that registers must allow on an SM: two, where they are few, so that a chained kernel can start beside this one."""
+        return 2 if self.threads <= 256 and self.accumulators <= 32 else 1
 
-    def smem_bytes(self, rows: int, slots: int) -> int:
-        """Dynamic shared memory of a block whose window has `rows` rows and whose busiest block has `slots` slots."""
-        return self.window_bytes(rows) + self.ring_bytes + (slots * self.slot_bytes if self.slots == "shared" else 0)
+    def place_rows(self, rows: int) -> int:
+        """Where the row of zeros stands: after a window of `rows` rows, and where the slots of all warps end."""
+        return max(rows, 32 * self.warps * self.strips - 8) if self.slots == "window" else rows
+
+    def smem_bytes(self, rows: int, slots: int, words: int) -> int:
+        """Dynamic shared memory of a block whose window has `rows` rows (a multiple of 8), whose busiest block has `slots`
+        slots and whose team's table has `words` words."""
+        window = (self.place_rows(rows) + 8) * 16 * self.chunks
+        return window + 4 * words + self.ring_bytes + (slots * self.slot_bytes if self.slots == "shared" else 0)
 
     @property
     def name(self) -> str:

@@ -272,7 +272,7 @@ def compiled(config: Config) -> Any:
 
 def _compile(config: Config) -> Any:
     if numba.config.DISABLE_JIT:
-        raise ArgumentError("NUMBA_DISABLE_JIT is set; the CPU kernels exist as machine code only: unset it and restart")
+        raise ArgumentError("NUMBA_DISABLE_JIT is set; the CPU kernels exist as machine code only: unset it")
     kernel = make_spmm(config)
     attach(kernel, config.name)
     stored = {"float32": types.float32, "float64": types.float64, "half": types.uint16}[config.storage]

@@ -59,7 +59,7 @@ def make_copy_stage(config: Config) -> Callable[..., Any]:
     step = threads // chunks  # rows between a thread's copies
     w_chunks = w_bytes // 16
 
-    def copy_stage(stage_at, tid, ids, row_bytes, x_at, w_at, cut, room):
+    def copy_stage(stage_at, tid, ids, row_bytes, x_at, w_at, cut, room, beyond):
         c = u32(tid % u32(chunks))
         first = u32(tid // u32(chunks))
         for j in range(copies):
@@ -70,7 +70,7 @@ def make_copy_stage(config: Config) -> Callable[..., Any]:
                 size = room if i32(ids[j]) >= i32(0) else u32(0)
                 cp_async_16(to, mad_wide_u32(ids[j] & u32(0x7FFFFFFF), row_bytes, x_at), size)
             else:
-                cp_async_16_unless_negative(to, mad_wide_u32(ids[j], row_bytes, x_at), ids[j])
+                cp_async_16_unless_negative(to, mad_wide_u32(ids[j], row_bytes, x_at), u32(ids[j] | beyond))
         for j in range((w_chunks + threads - 1) // threads):
             i = u32(tid + u32(j * threads))
             if w_chunks % threads == 0 or i < u32(w_chunks):
@@ -182,13 +182,13 @@ def make_spmm_sm80(config: Config) -> Callable[..., Any]:
         count, column_tile = entry[2], entry[3]
         column = u32(column_tile * u32(tile_n) + (tid % u32(chunks)) * u32(8))
         cut = u32(column_tile + u32(1)) * u32(tile_n) > n and (n & u32(7)) != u32(0)
-        room = u32(0)
+        room, beyond = u32(0), u32(0)
         if column < n:
             room = u32(u32(n - column) * u32(2))
             if room > u32(16):
                 room = u32(16)
         else:
-            column = u32(0)  # results of columns beyond n are never stored: any column may stand in
+            column, beyond = u32(0), u32(0x80000000)
         x_at = x + u64(column) * u64(2)
         w_at = values + u64(entry[1]) * u64(w_bytes)
         row_bytes = u32(ldx * u64(2))
@@ -201,7 +201,7 @@ def make_spmm_sm80(config: Config) -> Callable[..., Any]:
             if u32(s) < count:
                 for j in range(copies):
                     ids[j] = ld_global_nc_u32(ids_at + u64(j * step * 4))
-                copy_stage(u32(base + u32(s * stage_bytes)), tid, ids, row_bytes, x_at, w_at, cut, room)
+                copy_stage(u32(base + u32(s * stage_bytes)), tid, ids, row_bytes, x_at, w_at, cut, room, beyond)
                 ids_at += u64(tile_k * 4)
                 w_at += u64(w_bytes)
             cp_async_commit()
@@ -217,7 +217,7 @@ def make_spmm_sm80(config: Config) -> Callable[..., Any]:
             wait_oldest()
             cuda.syncthreads()
             if left > u32(0):
-                copy_stage(u32(base + fill * u32(stage_bytes)), tid, ids, row_bytes, x_at, w_at, cut, room)
+                copy_stage(u32(base + fill * u32(stage_bytes)), tid, ids, row_bytes, x_at, w_at, cut, room, beyond)
                 ids_at += u64(tile_k * 4)
                 w_at += u64(w_bytes)
                 left = u32(left - u32(1))

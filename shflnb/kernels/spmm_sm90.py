@@ -109,7 +109,7 @@ def make_producer(config: Config) -> Callable[..., Any]:
         """Device function that starts the copies of batch b of a stage."""
 
         @cuda.jit(device=True, forceinline=True)
-        def copy_batch(to, ids, row_bytes, x_at, cut, room):
+        def copy_batch(to, ids, row_bytes, x_at, cut, room, beyond):
             if cut:
                 for j in range(batch):
                     size = room if i32(ids[j]) >= i32(0) else u32(0)
@@ -118,7 +118,7 @@ def make_producer(config: Config) -> Callable[..., Any]:
             else:
                 for j in range(batch):
                     cp_async_16_unless_negative(u32((to ^ u32((j & 7) << 4)) + u32((b * batch + j) * ATOM_BYTES)),
-                                                mad_wide_u32(ids[j], row_bytes, x_at), ids[j])  # fmt: skip
+                                                mad_wide_u32(ids[j], row_bytes, x_at), u32(ids[j] | beyond))  # fmt: skip
 
         return copy_batch
 
@@ -153,7 +153,7 @@ def make_producer(config: Config) -> Callable[..., Any]:
         count, ahead_count = u32(0), u32(0)
         step, ahead_step = own_team, own_team
         ahead_slot, slot, lead = u32(0), u32(0), u32(0)
-        ids_at, x_at, w_at, cut, room = columns, x, values, False, u32(0)
+        ids_at, x_at, w_at, cut, room, beyond = columns, x, values, False, u32(0), u32(0)
         while True:
             if lead == u32(IDS_AHEAD):
                 if step >= count:
@@ -168,16 +168,16 @@ def make_producer(config: Config) -> Callable[..., Any]:
                         break
                     w_at = values + (u64(entry[1]) + u64(step)) * u64(w_bytes)
                     column = u32(entry[3] * u32(tile_n) + column_chunk * u32(8))
-                    # a column tile that n cuts inside a chunk copies by byte counts; elsewhere a chunk is whole, or beyond
-                    # n: then any column may stand in for it, since its results are never stored
+                    # a column tile that n cuts inside a chunk copies by byte counts; elsewhere a chunk is whole, or beyond n
+                    # and zeroed: letting it read column 0 instead doubled such a tile's time (H200, 2026-11)
                     cut = u32(entry[3] + u32(1)) * u32(tile_n) > n and (n & u32(7)) != u32(0)
-                    room = u32(0)
+                    room, beyond = u32(0), u32(0)
                     if column < n:
                         room = u32(u32(n - column) * u32(2))
                         if room > u32(16):
                             room = u32(16)
                     else:
-                        column = u32(0)
+                        column, beyond = u32(0), u32(0x80000000)
                     x_at = x + u64(column) * u64(2)
                     queue += turn_bytes
                     entry = ld_global_nc_v4(queue)
@@ -195,22 +195,22 @@ def make_producer(config: Config) -> Callable[..., Any]:
                 slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
                 if batches > 1:
                     load_ids(next_ids, u32(ids_now + u32(batch * 4)))
-                    copy0(to, ids, row_bytes, x_at, cut, room)
+                    copy0(to, ids, row_bytes, x_at, cut, room, beyond)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                 if batches > 2:
                     load_ids(next_ids, u32(ids_now + u32(2 * batch * 4)))
-                    copy1(to, ids, row_bytes, x_at, cut, room)
+                    copy1(to, ids, row_bytes, x_at, cut, room, beyond)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                     load_ids(next_ids, u32(ids_now + u32(3 * batch * 4)))
-                    copy2(to, ids, row_bytes, x_at, cut, room)
+                    copy2(to, ids, row_bytes, x_at, cut, room, beyond)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                 wait_ids()
                 warp_sync()
                 load_ids(next_ids, u32(own_ids + slot))
-                copy3(to, ids, row_bytes, x_at, cut, room)
+                copy3(to, ids, row_bytes, x_at, cut, room, beyond)
                 cp_async_mbarrier_arrive_noinc(full_at)
                 for j in range(batch):
                     ids[j] = next_ids[j]

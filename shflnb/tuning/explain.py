@@ -64,14 +64,22 @@ class Explanation:
 
     def __str__(self) -> str:
         where = self.device if self.is_here else f"{self.device} (not in this machine: a prediction)"
-        rates = "" if self.device == DEFAULT_GPU else f"; from rates measured on an {DEFAULT_GPU}, so only an indication"
+        rates = (
+            "" if self.device == DEFAULT_GPU else f"; from rates measured on an {DEFAULT_GPU}, so only an indication"
+        )
         registers = "not compiled here" if self.registers is None else str(self.registers)
         pairs = [
-            ("product", f"({self.m} x {self.k}, v = {self.v}, {self.density:.1%} kept) @ ({self.k} x {self.n}), {self.dtype}"),
+            (
+                "product",
+                f"({self.m} x {self.k}, v = {self.v}, {self.density:.1%} kept) @ ({self.k} x {self.n}), {self.dtype}",
+            ),
             ("device", where),
             ("kernel", f"{self.kernel}: {self.config}"),
             ("because", self.reason),
-            ("a block", f"{self.threads} threads, {self.smem_bytes:,} bytes of shared memory, registers a thread: {registers}"),
+            (
+                "a block",
+                f"{self.threads} threads, {self.smem_bytes:,} bytes of shared memory, registers a thread: {registers}",
+            ),
             ("blocks", f"{self.blocks} in all, {self.blocks_per_sm} on a multiprocessor at a time"),
             ("time", f"about {self.predicted_us:.1f} us; not under {self.roof_us:.1f} us ({self.roof}){rates}"),
             ("on the CPU", self.cpu),
@@ -138,7 +146,13 @@ def explain(packed: ShflBWMatrix, n: int, *, device: int | str | None = None) ->
 
 
 def _explain(
-    half: ShflBWMatrix, packed: ShflBWMatrix, n: int, name: str, capability: tuple[int, int], sm_count: int, ordinal: int | None
+    half: ShflBWMatrix,
+    packed: ShflBWMatrix,
+    n: int,
+    name: str,
+    capability: tuple[int, int],
+    sm_count: int,
+    ordinal: int | None,
 ) -> Explanation:
     from ..kernels import remembered
     from ..kernels.spmm_device import problem_of
@@ -160,7 +174,11 @@ def _explain(
 
 
 def _reason(choice: Choice) -> str:
-    return f"{choice.reason} among the candidates for v = {choice.config.v}" if "predicted" in choice.reason else choice.reason
+    return (
+        f"{choice.reason} among the candidates for v = {choice.config.v}"
+        if "predicted" in choice.reason
+        else choice.reason
+    )
 
 
 def _resident(config: Config, capability: tuple[int, int]) -> int:

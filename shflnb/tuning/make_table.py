@@ -83,7 +83,9 @@ def _build(job: tuple[Config, tuple[int, int]]) -> None:
 
 def _prebuild(capability: tuple[int, int]) -> None:
     jobs = [(config, capability) for v in HEIGHTS for config in candidates(v, "float16", capability)]
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        max(1, (os.cpu_count() or 2) - 1), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         list(pool.map(_build, jobs))
 
 
@@ -92,7 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=Path, help="JSON with a list 'gemm' of m, k, n")
     parser.add_argument("--out", type=Path, help="file to write; the default is the committed table of this device")
-    parser.add_argument("--seconds", type=float, default=150.0, help="stop measuring after this long; what is missing is left to the rule")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=150.0,
+        help="stop measuring after this long; what is missing is left to the rule",
+    )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     from ..kernels.launch import device_context

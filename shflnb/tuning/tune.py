@@ -86,10 +86,15 @@ class TuneReport:
         }
 
     def __str__(self) -> str:
-        lines = [f"tuned on {self.device}" + ("" if self.is_on_disk else " (for this process only: the cache cannot be written)")]
+        lines = [
+            f"tuned on {self.device}"
+            + ("" if self.is_on_disk else " (for this process only: the cache cannot be written)")
+        ]
         for t in self.results:
             gain = "kept" if t.best.config == t.before else f"{t.before_us / t.best.us:.2f}x over {t.before.name}"
-            lines.append(f"  n = {t.problem.n}: {t.best.config.name}, {t.best.us:.1f} us ({gain}; roof {t.roof_us:.1f} us)")
+            lines.append(
+                f"  n = {t.problem.n}: {t.best.config.name}, {t.best.us:.1f} us ({gain}; roof {t.roof_us:.1f} us)"
+            )
             lines += [f"    {m.us:9.1f} us  {m.config.name}" for m in t.measured]
             lines += [f"    left out     {text}" for text in t.rejected]
         return "\n".join(lines)
@@ -142,11 +147,15 @@ def tune(
     """
     widths = _widths(n)
     if packed.dtype not in ("float16", "bfloat16"):
-        raise DtypeError(f"packed is {packed.dtype}; the GPU kernels take float16 and bfloat16 (packed.astype('float16'))")
+        raise DtypeError(
+            f"packed is {packed.dtype}; the GPU kernels take float16 and bfloat16 (packed.astype('float16'))"
+        )
     if 0 in packed.shape:
         raise ArgumentError(f"packed has shape {packed.shape}; there is nothing to measure")
     if not np.isfinite(packed.values.astype(np.float32)).all():
-        raise ArgumentError("packed holds NaN or Inf, with which no result can be checked; tune a matrix of finite weights")
+        raise ArgumentError(
+            "packed holds NaN or Inf, with which no result can be checked; tune a matrix of finite weights"
+        )
     _device_name(device)
     from ..kernels import remembered
     from ..kernels.launch import device_context
@@ -164,7 +173,9 @@ def tune(
 def _device_name(device: int) -> str:
     found = find_cuda()
     if found.problem is not None:
-        raise DeviceError(f"tune measures on a CUDA GPU; found: {found.problem}; shflnb.explain says what would run on one")
+        raise DeviceError(
+            f"tune measures on a CUDA GPU; found: {found.problem}; shflnb.explain says what would run on one"
+        )
     if not 0 <= device < len(found.devices):
         raise DeviceError(f"device is {device}; this machine has {len(found.devices)} CUDA devices")
     return found.devices[device].name
@@ -185,7 +196,11 @@ def _widths(n: int | Iterable[int]) -> list[int]:
 
 
 def measure_candidates(
-    packed: ShflBWMatrix, n: int, context: Any, progress: Callable[[str], None] | None = None, configs: Sequence[Config] | None = None
+    packed: ShflBWMatrix,
+    n: int,
+    context: Any,
+    progress: Callable[[str], None] | None = None,
+    configs: Sequence[Config] | None = None,
 ) -> Tuned:
     """Check and time the candidates (or `configs`) for one n on a device."""
     from ..kernels import remembered
@@ -217,7 +232,9 @@ def measure_candidates(
             if progress is not None:
                 progress(f"n = {n}: {config.name} {us:.1f} us")
     if not measured:
-        raise DeviceError(f"no candidate ran right for n = {n}: {'; '.join(rejected)}; please report this with `shflnb doctor`")
+        raise DeviceError(
+            f"no candidate ran right for n = {n}: {'; '.join(rejected)}; please report this with `shflnb doctor`"
+        )
     measured.sort(key=lambda m: m.us)
     best = next((m for m in measured if m.config == before and m.us <= KEEP_RULE * measured[0].us), measured[0])
     roof, _ = roof_us(problem, context.sm_count)

@@ -21,13 +21,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_cases as cases
+
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 from shflnb.reference import judge
 
 
 def on_device(a: np.ndarray) -> Any:
     """A device copy in an allocation of its own, so that a stray access leaves it."""
-    return torch.from_numpy(a.view(np.int16)).cuda().view(torch.bfloat16 if str(a.dtype) == "bfloat16" else torch.float16)
+    return (
+        torch.from_numpy(a.view(np.int16)).cuda().view(torch.bfloat16 if str(a.dtype) == "bfloat16" else torch.float16)
+    )
 
 
 def host(t: Any, dtype: str) -> np.ndarray:
@@ -63,7 +66,10 @@ def run_calls() -> list[str]:
             for n in (1, 2, 7, 8, 16, 33, 64, 65, 200):
                 packed = cases.random_packed(v + 5, 77, v, dtype=dtype, seed=n)
                 x = rng.standard_normal((77, n)).astype(cases.DTYPES[dtype])
-                results = {"matmul": device_matmul(packed, on_device(x)), "linear": device_linear(on_device(x.T.copy()), packed).T}
+                results = {
+                    "matmul": device_matmul(packed, on_device(x)),
+                    "linear": device_linear(on_device(x.T.copy()), packed).T,
+                }
                 room = np.zeros(77 * n + 1, x.dtype)
                 room[1:] = x.reshape(-1)
                 results["misaligned"] = device_matmul(packed, on_device(room)[1:].view(77, n))
@@ -78,7 +84,12 @@ def main() -> int:
     configs = cases.configs() + cases.configs("bfloat16")
     epilogues = {None: "identity", "gelu": "gelu", "relu": "relu", "silu": "silu"}
     if "--prebuild" in sys.argv:
-        cases.prebuild([*configs, *(c.with_epilogue(epilogues[("gelu", "relu", "silu", None)[i % 4]]) for i, c in enumerate(configs))])
+        cases.prebuild(
+            [
+                *configs,
+                *(c.with_epilogue(epilogues[("gelu", "relu", "silu", None)[i % 4]]) for i, c in enumerate(configs)),
+            ]
+        )
     wrong = [text for number, config in enumerate(configs) for text in run_config(config, number)] + run_calls()
     torch.cuda.synchronize()
     print("\n".join(wrong) or f"all products of {len(configs)} configs and of the selection are right")

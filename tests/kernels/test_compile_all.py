@@ -81,7 +81,7 @@ def inspect(arch: str, key: str) -> Inspection:
     )
 
 
-# --- what is built -----------------------------------------------------------------------------------------------------
+# --- what is built ---------------------------------------------------------------------------------------------------
 def tiling_of(spec: KernelSpec) -> str:
     """The kernel's name without dtype and epilogue (and, of the few-column kernels, without where sums wait and depth)."""
     name = re.sub(r"_(bf16|f16|plain|identity|relu|gelu|silu)(?=_|$)", "", spec.name)
@@ -134,7 +134,7 @@ def built(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Futu
         pool.shutdown(cancel_futures=True)
 
 
-# --- what is expected --------------------------------------------------------------------------------------------------
+# --- what is expected ------------------------------------------------------------------------------------------------
 EXPECTED = {
     # family: (instructions that must be there, instructions that must not)
     "sm90": ({"HGMMA", "LDGSTS", "UBLKCP", "STSM", "SYNCS"}, {"HMMA"}),

@@ -178,7 +178,10 @@ def test_ptxas_stands_in_for_a_linker_that_refuses(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compiler, "find_tool", lambda tool: "/bin/ptxas")
     monkeypatch.setattr(compiler, "ptxas_assemble", lambda ptx, arch: (b"cubin of " + arch.encode(), ""))
     assert compiler._assemble("ptx", "sm_90a") == b"cubin of sm_90a"
-    assert compiler.assembler() == {"used": "ptxas", "problem": "cuda.core cannot: RuntimeError: unsupported PTX version"}
+    assert compiler.assembler() == {
+        "used": "ptxas",
+        "problem": "cuda.core cannot: RuntimeError: unsupported PTX version",
+    }
     monkeypatch.setattr(compiler, "find_tool", lambda tool: None)
     with pytest.raises(DeviceError, match=r"(?s)sm_90a: RuntimeError: unsupported PTX version.*shflnb\[cu13\]"):
         compiler._assemble("ptx", "sm_90a")
@@ -202,7 +205,7 @@ def test_ptxas_errors_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         compiler.ptxas_assemble("this is no PTX", "sm_80")
 
 
-# --- the real tools ------------------------------------------------------------------------------------------------------
+# --- the real tools --------------------------------------------------------------------------------------------------
 def empty_kernel() -> Any:
     def kernel(address):
         return

@@ -78,7 +78,9 @@ def test_sizes_against_sums_written_out(config: Config) -> None:
         rows_of_a_warp = max(1, config.tile_n // 256) * config.tile_k // config.team
         assert config.ids_bytes == 4 * config.producers * 8 * rows_of_a_warp * 4
         assert config.smem_bytes == config.stages * config.stage_bytes + 256 + config.ids_bytes + config.staging_bytes
-        assert (config.stages * config.stage_bytes + 256 + config.ids_bytes) % 16 == 0, "staging is read 16 bytes at a time"
+        assert (config.stages * config.stage_bytes + 256 + config.ids_bytes) % 16 == 0, (
+            "staging is read 16 bytes at a time"
+        )
     assert config.smem_bytes <= SMEM_LIMIT[90]
 
 
@@ -93,7 +95,9 @@ def test_candidates_fit_their_device(capability: tuple[int, int]) -> None:
         assert any(c.kernel == "sm90" for c in found) == (capability[0] == 9)
         if capability in ((9, 0), (10, 0)):
             held = 228 * 1024  # of a multiprocessor; each block takes 1 KiB more than it asks for
-            assert all(c.blocks_per_sm * (c.smem_bytes + 1024) <= held for c in found), "as many blocks as were promised"
+            assert all(c.blocks_per_sm * (c.smem_bytes + 1024) <= held for c in found), (
+                "as many blocks as were promised"
+            )
 
 
 def test_unknown_devices_get_the_least_shared_memory() -> None:

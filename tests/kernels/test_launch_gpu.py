@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("numba.cuda", reason="needs numba-cuda (extra cu12 or cu13)")
 
 import gpu_cases as cases
-import shflnb
 from gpu_cases import Verdicts, dense_of, expected, random_packed
+
+import shflnb
 from shflnb.errors import ArgumentError, CaptureError, DeviceError, DtypeError, ShapeError
 from shflnb.kernels.launch import device_context
 from shflnb.kernels.spmm_device import kernel_spec, plan_for, transpose_spec
@@ -33,7 +34,7 @@ def holds(y: Any, packed: Any, x: Any, **rest: Any) -> None:
     seen.check()
 
 
-# --- streams -------------------------------------------------------------------------------------------------------------
+# --- streams ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("call", ["matmul", "linear", "out", "misaligned"])
 def test_work_goes_to_the_current_stream(call: str) -> None:
     """x is written late on a side stream: only work that is queued behind the write sees it."""
@@ -74,7 +75,35 @@ def test_the_result_may_be_used_on_the_same_stream_at_once() -> None:
     assert torch.equal(y, z)
 
 
-# --- CUDA graphs -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("call", ["matmul", "linear"])
+def test_products_that_read_and_overwrite_each_others_operands(call: str) -> None:
+    """Kernels start before the one ahead is done; they must neither read its result early nor overwrite what it reads."""
+    forth, back = random_packed(384, 512, 64, [256] * 6, seed=1), random_packed(512, 384, 128, [196] * 4, seed=2)
+    start = normal(512, 704) if call == "matmul" else normal(704, 512)
+
+    def rounds(is_slow: bool) -> Any:
+        ping = start.clone()
+        pong = torch.empty((384, 704) if call == "matmul" else (704, 384), dtype=torch.float16, device="cuda")
+        for _ in range(60):
+            for packed, source, target, scale in ((forth, ping, pong, 0.064), (back, pong, ping, 0.0733)):
+                if call == "matmul":
+                    shflnb.matmul(packed, source, out=target)
+                else:
+                    target.copy_(shflnb.linear(source, packed))
+                target.mul_(scale)  # keeps the size of the numbers
+                if is_slow:
+                    torch.cuda.synchronize()
+        if call == "matmul":  # without a framework's kernel between
+            shflnb.matmul(forth, ping, out=pong)
+            shflnb.matmul(back, pong, out=ping)
+        return ping
+
+    slow, fast = rounds(True), rounds(False)
+    assert bool(torch.isfinite(slow).all()) and float(slow.abs().max()) > 0.01
+    assert torch.equal(slow.view(torch.int16), fast.view(torch.int16))
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
 def test_capture_and_replay() -> None:
     packed = random_packed(200, 150, 32, seed=2)
     bias = normal(200)
@@ -141,7 +170,7 @@ def test_a_captured_product_outlives_many_other_calls() -> None:
     holds(y, packed, x)
 
 
-# --- threads and devices -----------------------------------------------------------------------------------------------------
+# --- threads and devices ---------------------------------------------------------------------------------------------
 def run_threads(work: Any, count: int = 8) -> None:
     problems: list[BaseException] = []
     barrier = threading.Barrier(count)
@@ -211,7 +240,7 @@ def test_two_devices_in_one_process() -> None:
         shflnb.matmul(packed, xs[0], out=torch.empty(130, 40, dtype=torch.float16, device="cuda:1"))
 
 
-# --- arrays of every maker -----------------------------------------------------------------------------------------------------
+# --- arrays of every maker -------------------------------------------------------------------------------------------
 class DlpackOnly:
     """An exporter that speaks DLPack and nothing else."""
 
@@ -308,7 +337,7 @@ def test_the_operator() -> None:
     assert torch.equal(packed @ x, shflnb.matmul(packed, x))
 
 
-# --- remembered shapes -------------------------------------------------------------------------------------------------------
+# --- remembered shapes -----------------------------------------------------------------------------------------------
 def test_a_remembered_shape_with_other_memory_is_checked_again() -> None:
     """The short road looks at alignment, strides, dtypes and gradients as the long one does."""
     packed = random_packed(128, 64, 64, seed=9)
@@ -358,7 +387,7 @@ def test_a_warm_call_does_not_synchronise_or_allocate_beside_its_result() -> Non
     holds(y, packed, x)
 
 
-# --- errors ------------------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 def test_errors_name_what_was_given_and_what_is_needed() -> None:
     packed = random_packed(128, 64, 64, seed=9)
     x = normal(64, 32)

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("numba.cuda", reason="needs numba-cuda (extra cu12 or cu13)")
 
+from gpu_cases import random_lengths, random_packed
 from numba import cuda
 from numba.cuda import types
 
-from gpu_cases import random_lengths, random_packed
 from shflnb.formats.layout import to_mma, to_wgmma
 from shflnb.kernels import compiler, ptx
 from shflnb.kernels.queue import DRAIN_TILES, tile_queue
@@ -27,7 +27,7 @@ def ptx_of(kernel: Callable[..., Any], signature: list[Any], arch: str = "sm_90a
     return compiler.compile_ptx(kernel, signature, arch, "probe", 128)
 
 
-# --- instructions ------------------------------------------------------------------------------------------------------
+# --- instructions ----------------------------------------------------------------------------------------------------
 VOID = {
     "mbarrier_init": ("mbarrier.init.shared::cta.b64", [u32, u32]),
     "mbarrier_init_fence": ("fence.mbarrier_init.release.cluster;", []),
@@ -97,8 +97,15 @@ def test_every_instruction_without_a_result() -> None:
 def test_every_instruction_with_a_result() -> None:
     for name, (text, arguments, ret) in VALUE.items():
         names = [f"a{i}" for i in range(len(arguments))]
-        store = {u16: "st16(out, r)", u32: "st4(out, r, r, r, r)", f32: "stf(out, r)", u64: "st4(r, a0, a0, a0, a0)"}[ret]
-        scope = {"instruction": getattr(ptx, name), "st16": ptx.st_global_u16, "stf": ptx.st_global_f32, "st4": ptx.st_global_v4}
+        store = {u16: "st16(out, r)", u32: "st4(out, r, r, r, r)", f32: "stf(out, r)", u64: "st4(r, a0, a0, a0, a0)"}[
+            ret
+        ]
+        scope = {
+            "instruction": getattr(ptx, name),
+            "st16": ptx.st_global_u16,
+            "stf": ptx.st_global_f32,
+            "st4": ptx.st_global_v4,
+        }
         kernel = wrapped([*names, "out"], f"r = instruction({', '.join(names)}); {store}", scope)
         assert text in ptx_of(kernel, [*arguments, u64]), name
     for name, (text, arguments) in QUARTET.items():
@@ -145,7 +152,9 @@ def test_wgmma_ties_its_accumulators(n: int, dtype: str, kind: str) -> None:
             st(out + u64(4 * i), acc[i])
 
     text = ptx_of(kernel, [u64, u64, u64])
-    call = re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n{n}k16\.f32\.{kind}\.{kind} \{{(.*?)\}}, (\S+), (\S+), (.*?);", text)
+    call = re.search(
+        rf"wgmma\.mma_async\.sync\.aligned\.m64n{n}k16\.f32\.{kind}\.{kind} \{{(.*?)\}}, (\S+), (\S+), (.*?);", text
+    )
     assert call is not None
     assert len(set(call.group(1).split(", "))) == count, "as many accumulators, each a register of its own"
     assert call.group(4) == "1, 1, 1, 0, 1"
@@ -181,7 +190,7 @@ def test_shared_addresses_are_32_bit() -> None:
     assert "cvta.to.shared.u64" in ptx_of(kernel, [u64])
 
 
-# --- index arithmetic, proved in NumPy -------------------------------------------------------------------------------------
+# --- index arithmetic, proved in NumPy -------------------------------------------------------------------------------
 def wgmma_128_byte_swizzle(byte: np.ndarray) -> np.ndarray:
     """PTX ISA, "Shared memory matrix layout": bits 4..6 of the address are exclusive-ored with bits 7..9."""
     return byte ^ ((byte >> 7 & 7) << 4)
@@ -231,7 +240,11 @@ def test_the_queue_covers_every_tile_once(kind: str) -> None:
     for groups, n_tiles, wanted, sweep, each in CASES:
         if each != kind:
             continue
-        counts = {"equal": np.full(groups, 6), "unequal": rng.integers(1, 60, groups), "one long": np.ones(groups, int)}[kind]
+        counts = {
+            "equal": np.full(groups, 6),
+            "unequal": rng.integers(1, 60, groups),
+            "one long": np.ones(groups, int),
+        }[kind]
         if kind == "one long":
             counts[groups // 2] = 500
         first = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -243,7 +256,9 @@ def test_the_queue_covers_every_tile_once(kind: str) -> None:
         tiles = [(record[0], record[3]) for records in work for record in records]
         assert len(tiles) == total and len(set(tiles)) == total
         assert set(tiles) == {(g, t) for g in range(groups) for t in range(n_tiles)}
-        assert all(record[1] == first[record[0]] and record[2] == counts[record[0]] for records in work for record in records)
+        assert all(
+            record[1] == first[record[0]] and record[2] == counts[record[0]] for records in work for record in records
+        )
         assert all(work), "no block is started for nothing"
         costs = np.array([sum(record[2] + DRAIN_TILES for record in records) for records in work])
         # no block has more than the mean and one longest tile: what greedy matching guarantees

@@ -19,14 +19,24 @@ from shflnb.kernels.select import Choice, candidates, choose, predict_us, roof_u
 H200 = ((9, 0), 132)
 
 
-def problem(m: int = 4096, k: int = 4096, n: int = 4096, v: int = 64, density: float = 0.25, dtype: str = "float16") -> Problem:
+def problem(
+    m: int = 4096, k: int = 4096, n: int = 4096, v: int = 64, density: float = 0.25, dtype: str = "float16"
+) -> Problem:
     groups = -(-m // v)
     return Problem(m, k, n, v, dtype, int(groups * k * density), int(k * density))
 
 
 ODD = [
     problem(m, k, n, v, density)
-    for m, k, n in ((1, 1, 1), (0, 5, 5), (5, 0, 5), (17, 3, 100000), (100000, 3, 1), (4096, 4096, 4096), (130, 70000, 33))
+    for m, k, n in (
+        (1, 1, 1),
+        (0, 5, 5),
+        (5, 0, 5),
+        (17, 3, 100000),
+        (100000, 3, 1),
+        (4096, 4096, 4096),
+        (130, 70000, 33),
+    )
     for v in (16, 32, 64, 128)
     for density in (0.0, 0.01, 0.5, 1.0)
 ]
@@ -82,7 +92,7 @@ def test_a_sweep_is_a_number_of_column_tiles() -> None:
             assert 1 <= sweep_of(config, n_tiles) <= n_tiles
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------------------
 OTHER = Config("sm80", 64, 64, 32, 4, blocks_per_sm=2)
 
 
@@ -119,7 +129,9 @@ def test_committed_tables_name_configs_that_can_be_built(path: Path) -> None:
     assert tuned_table(table["device"]) == table["entries"]
     for key, entry in table["entries"].items():
         v = int(key.split()[0][1:])
-        assert Config(**entry) in candidates(v, "float16", (9, 0)), f"{key}: no candidate any more; make the table again"
+        assert Config(**entry) in candidates(v, "float16", (9, 0)), (
+            f"{key}: no candidate any more; make the table again"
+        )
 
 
 def test_a_device_without_a_table() -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("numba.cuda", reason="needs numba-cuda (extra cu12 or cu13)"
 
 import gpu_cases as cases
 from gpu_cases import ACTIVATION_OF, DTYPE_NAMES, Guarded, Verdicts, dense_of, equal_packed, expected, random_packed
+
 from shflnb.kernels.config import EPILOGUES, Config
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 
@@ -113,7 +114,12 @@ def test_epilogues_keep_the_error_rule(epilogue: str) -> None:
         for m, k, n in ((3 * config.v - 7, 300, 531), (2 * config.v, 256, 512)):
             packed = random_packed(m, k, config.v, dtype=config.dtype, seed=number)
             x = normal((k, n), config.dtype, number) * 0.1
-            for has_bias, has_residual in ((None, True), ("float32", False), (config.dtype, True), (config.dtype, False)):
+            for has_bias, has_residual in (
+                (None, True),
+                ("float32", False),
+                (config.dtype, True),
+                (config.dtype, False),
+            ):
                 bias = normal((m,), has_bias, 1) if has_bias else None
                 residual = normal((m, n), config.dtype, 2) if has_residual else None
                 y = device_matmul(packed, x, bias=bias, activation=activation, residual=residual, config=config)
@@ -137,7 +143,7 @@ def test_the_chosen_config_is_right_without_help() -> None:
     seen.check()
 
 
-# --- what a pruned place must not do -----------------------------------------------------------------------------------
+# --- what a pruned place must not do ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_reaches_exactly_the_groups_that_keep_the_column(bad: float) -> None:
     """Also when shared memory still holds the NaN of a launch before: padding reads zeros, not what was there."""
@@ -156,7 +162,7 @@ def test_nan_reaches_exactly_the_groups_that_keep_the_column(bad: float) -> None
         rest = torch.arange(n, device="cuda") != n // 2
         seen.same(f"{config.name} unused rows", (y[:, rest] == clean[:, rest]).all())
         spots = torch.zeros(k, n, device="cuda")
-        spots[number % k, :: 3] = 1
+        spots[number % k, ::3] = 1
         spots[(7 * number + 3) % k, 1] = 1
         y = device_matmul(packed, torch.where(spots > 0, torch.full_like(x, float("nan")), x), config=config)
         seen.same(f"{config.name} placement", (torch.isnan(y) == (kept @ spots > 0)).all())
@@ -182,7 +188,10 @@ def test_nan_in_weights_bias_and_residual_follow_ieee() -> None:
 def test_empty_groups_and_empty_matrices_give_the_epilogue_of_zero() -> None:
     for config in cases.configs():
         packed = random_packed(2 * config.v + 1, 70, config.v, [0, 0, 0])
-        x, bias = torch.full((70, 50), float("nan"), dtype=torch.float16, device="cuda"), normal((packed.shape[0],), "float16")
+        x, bias = (
+            torch.full((70, 50), float("nan"), dtype=torch.float16, device="cuda"),
+            normal((packed.shape[0],), "float16"),
+        )
         out = torch.full((packed.shape[0], 50), float("nan"), dtype=torch.float16, device="cuda")
         assert bool((device_matmul(packed, x, out=out, config=config) == 0).all()), config.name
     y = device_matmul(packed, x, bias=bias, activation="relu")
@@ -195,7 +204,7 @@ def test_empty_groups_and_empty_matrices_give_the_epilogue_of_zero() -> None:
         assert tuple(y.shape) == (n, m) and bool((y == 0).all())
 
 
-# --- memory ------------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 def layouts_of(x: Any) -> dict[str, Any]:
     """The same (k, n) values in every memory order a caller may have."""
     k, n = x.shape
@@ -252,7 +261,9 @@ def test_nothing_outside_out_is_written() -> None:
             for extra in (None, residual):
                 out = Guarded(packed.shape[0], n, "float16", ld=ld, shift=shift)
                 y = device_matmul(packed, x, out=out.matrix, residual=extra, config=config).clone()
-                seen.add(f"{config.name} n {n} ld {ld} shift {shift}", y, expected(w, x, residual=extra), None, out.intact())
+                seen.add(
+                    f"{config.name} n {n} ld {ld} shift {shift}", y, expected(w, x, residual=extra), None, out.intact()
+                )
     seen.check()
 
 
@@ -269,7 +280,7 @@ def test_a_vector_is_a_matrix_of_one_column() -> None:
     seen.check()
 
 
-# --- linear --------------------------------------------------------------------------------------------------------------
+# --- linear ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 @pytest.mark.parametrize("lead", [(1,), (3,), (65,), (2, 37), (4, 3, 8), ()])
 def test_linear_is_the_meaning_of_torch_linear(lead: tuple[int, ...], dtype: str) -> None:
@@ -307,7 +318,7 @@ def test_linear_takes_the_view_that_linear_returned() -> None:
     seen.check()
 
 
-# --- the same bits every time ----------------------------------------------------------------------------------------------
+# --- the same bits every time ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("v", HEIGHTS)
 def test_two_hundred_repeats_beside_another_kernel_give_the_same_bits(v: int) -> None:
     noise_stream = torch.cuda.Stream()
@@ -336,7 +347,7 @@ def test_columns_do_not_depend_on_their_neighbours() -> None:
         assert bool((whole[:, 24:61] == part).all()), config.name
 
 
-# --- more than 2^31 elements -------------------------------------------------------------------------------------------------
+# --- more than 2^31 elements -----------------------------------------------------------------------------------------
 def big(rows: int, cols: int) -> Any:
     """Random float16 in place, without float32 beside it."""
     return torch.empty(rows, cols, dtype=torch.float16, device="cuda").normal_(0, 1)

@@ -9,8 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba.cuda", reason="needs numba-cuda (extra cu12 or cu13)")
 
-import shflnb
 from gpu_cases import GUARD, MARK, dense_of, random_packed
+
+import shflnb
 from shflnb.kernels.config import ceil_div
 from shflnb.kernels.spmm_device import _Call
 from shflnb.kernels.views import device_view

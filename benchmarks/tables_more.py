@@ -1,0 +1,127 @@
+"""The tables that are not about products on a GPU: CPU, host cost, pattern search, machines. See `tables.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from tables import TABLES, Data, absent, markdown, micros, percent, ratio
+
+__all__ = ["ALL_TABLES"]
+
+
+def host(data: Data) -> str:
+    """Host cost of a call."""
+    rows = data.of("host")
+    if not rows:
+        return absent("bench_host_cost.py")
+    lines = [[r["machine"], r["what"], micros(r["median_us"]) if r["median_us"] else r["note"],
+              f"{micros(r['p10_us'])} to {micros(r['p90_us'])}" if r["p10_us"] else "-"] for r in rows]  # fmt: skip
+    return markdown(["machine", "call", "median", "10th to 90th percentile"], lines, left=2)
+
+
+def cpu(data: Data) -> str:
+    """README: the CPU table."""
+    rows = data.of("cpu")
+    if not rows:
+        return absent("bench_cpu.py")
+    first = rows[0]
+    features = " with AVX-512" if "avx512f" in first.get("features", "") else ""
+    lines = []
+    for r in rows:
+        times = [float(r[key]) for key in ("numpy_ms", "torch_ms") if r.get(key)]
+        lines.append([
+            f"{r['m']} x {r['k']}, n = {r['n']}", percent(r["sparsity"]), r["v"], r["dtype"], r["layout"],
+            micros(str(1e3 * min(times))), micros(str(1e3 * float(r["sparse_ms"]))), ratio(r["speedup"]),
+        ])  # fmt: skip
+    header = ["product", "zeros", "v", "dtype", "layout", "dense", "shflnb", "speed-up"]
+    return (
+        f"Against the better of NumPy and torch on the same dtype; {first['processor']}{features}, {first['threads']} "
+        f"threads, {first['date']}.\n\n{markdown(header, lines)}"
+    )
+
+
+def search(data: Data) -> str:
+    """What each search keeps, as a share of the sum of |w|, on trained matrices."""
+    rows = [r for r in data.of("prune_quality") if r["matrix"].startswith(("text", "digits"))]
+    if not rows:
+        return absent("bench_prune.py")
+    patterns = {"unstructured": "single weights (the limit)", "n_m_1_4": "1 of 4", "block_wise": "blocks",
+                "identity": "rows as given", "paper": "the paper's search", "fast": 'shflnb, `quality="fast"`',
+                "default": "shflnb (default)", "best": 'shflnb, `quality="best"`'}  # fmt: skip
+    heights = sorted({int(r["v"]) for r in rows})
+    lines = []
+    for column, name in patterns.items():
+        by_v = [[float(r[column]) for r in rows if int(r["v"]) == v and r.get(column)] for v in heights]
+        if any(by_v):
+            lines.append([name, *(f"{100 * _geometric_mean(kept):.1f} %" if kept else "-" for kept in by_v)])
+    count = len({r["matrix"] for r in rows})
+    return (
+        f"Kept share of the sum of |w| with three quarters of zeros, geometric mean over {count} trained matrices.\n\n"
+        + markdown(["pattern or search", *(f"v = {v}" for v in heights)], lines)
+    )
+
+
+def search_time(data: Data) -> str:
+    """How long the search takes, and how much memory."""
+    rows = data.of("prune_time")
+    if not rows:
+        return absent("bench_prune.py")
+    lines = []
+    for r in rows:
+        name = f"{r['search']}, {r['quality']}" if r["search"] == "refined" else r["search"]
+        kept, memory = f"{100 * float(r['retained']):.1f} %", f"{float(r['memory_x']):.1f}x"
+        weight = f"{r['m']} x {r['k']}, v = {r['v']}"
+        lines.append([r["device"], weight, name, f"{float(r['seconds']):.3g} s", kept, memory])
+    header = ["device", "weight", "search", "time", "kept score", "memory over the weight's"]
+    return markdown(header, lines, left=3)
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def models(data: Data) -> str:
+    """Whole models and layers: time, speed-up over the dense model, and the bar where there is one."""
+    rows = [r for r in data.of("models") if r["median_us"] or r["speedup"] or r["note"]]
+    if not rows:
+        return absent("bench_models.py", " on a GPU")
+    lines = [
+        [
+            r["part"],
+            r["case"],
+            r["dtype"],
+            r["what"],
+            micros(r["median_us"]),
+            ratio(r["speedup"]),
+            r["bar"] or "-",
+            r["note"],
+        ]
+        for r in rows
+        if r["part"] not in ("slower", "estimate")
+        or r["bar"]  # hundreds of layers: the CSV has them, the bar judges them
+    ]
+    return markdown(["part", "case", "dtype", "what", "time", "speed-up", "bar", "note"], lines, left=4)
+
+
+def machines(data: Data) -> str:
+    """Where and with what each CSV was measured."""
+    if not data.machines:
+        return absent("bench_spmm.py")
+    lines = []
+    for name, found in sorted(data.machines.items()):
+        gpu_found, smi = found.get("gpu", {}), found.get("gpu", {}).get("nvidia_smi", {})
+        after = found.get("nvidia_smi_after", {})
+        where = gpu_found.get("name") or f"{found['cpu']['name']}, {found['cpu']['cores']} cores"
+        versions = ", ".join(f"{n} {v}" for n, v in found["packages"].items() if v and n in
+                             ("torch", "triton", "numba", "numba-cuda", "cuda-core", "numpy"))  # fmt: skip
+        clocks = f"SM {after.get('clocks.sm', '-')} after, {smi.get('clocks.max.sm', '-')} at most" if smi else "-"
+        driver = smi.get("driver_version", "-")
+        lines.append([name, where, driver, clocks, versions, found["date"][:10], f"{found.get('seconds', 0):.0f} s"])
+    return markdown(["run", "machine", "driver", "clocks", "versions", "date", "took"], lines, left=7)
+
+
+ALL_TABLES: dict[str, Callable[[Data], str]] = TABLES | {
+    "cpu": cpu, "host": host, "search": search, "search_time": search_time, "models": models,
+    "machines": machines,
+}  # fmt: skip
