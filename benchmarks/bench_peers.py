@@ -154,7 +154,7 @@ def account(path: Path, group: str, device: str, why: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", default="main,cusparse,compile,tuned", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--groups", default="main,searched,cusparse,compile,tuned", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder of the CSV and the JSON; needed with --device cpu")
     parser.add_argument("--append", action="store_true", help="keep the rows of a CSV that is there")

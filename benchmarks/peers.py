@@ -316,9 +316,10 @@ GROUPS: dict[str, list[Peer]] = {
         *(Peer(f"shflnb v = {v}", f"Shfl-BW, v = {v}", ours(v)) for v in (32, 64, 128)),
         *(Peer(f"Triton gather v = {v}", f"Shfl-BW, v = {v}", triton_gather(v)) for v in (32, 64, 128)),
         Peer("cuSPARSELt 2:4", "2 of 4", cusparselt, 0.5),
-        Peer("cuSPARSELt 2:4, searched", "2 of 4", cusparselt_searched, 0.5),
         *(Peer(f"torch BSR {b}", f"blocks {b} x {b}", bsr(b)) for b in (32, 64, 128)),
     ],
+    # in torch 2.11 on an H200 the search ends in an internal error and takes the CUDA context with it (2026-11-22)
+    "searched": [Peer("cuSPARSELt 2:4, searched", "2 of 4", cusparselt_searched, 0.5)],
     "cusparse": [
         Peer("cuSPARSE CSR", "Shfl-BW, v = 64", csr),
         *(Peer(f"cuSPARSE Blocked-ELL {b}", f"blocks {b} x {b}", blocked_ell(b)) for b in (32, 64)),

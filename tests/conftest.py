@@ -1,4 +1,4 @@
-"""What all tests share: the `gpu` marker, which skips with a reason that names what was found, and the `full` marker."""
+"""What all tests share: the markers `gpu`, which skips with a reason that names what was found, and `full`."""
 
 from __future__ import annotations
 

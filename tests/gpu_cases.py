@@ -114,7 +114,7 @@ def expected(dense_w: Any, x: Any, bias: Any = None, activation: str | None = No
         exact, rough = exact + residual.double(), rough + residual
         size = exact.abs() + residual.double().abs()
     terms = max(1.0, float(torch.count_nonzero(dense_w, 1).max()) if dense_w.numel() else 1.0) ** 0.5
-    # the activations are good to a few 1e-7 of their argument's scale, far below the rounding to 16 bits but not of tails
+    # the activations are good to a few 1e-7 of their argument's size: below a rounding to 16 bits, but not in tails
     tail = 4e-7 * (1.0 + size) if activation in ("gelu", "silu") else 0.0
     bound = 2 * (UNIT[dtype] * size + terms * FLOAT32_EPS / 2 * scale + TINY[dtype] + tail)
     return Expected(exact, rough.double(), bound, scale)
@@ -161,8 +161,8 @@ class Verdicts:
         table = torch.stack(self.rows).cpu().numpy()
         bad = ~(table[:, 0] <= table[:, 1]) | ~(table[:, 2] <= 1.0) | (table[:, 3] != 1.0)
         return [
-            f"{self.names[i]}: error {table[i, 0]:.3g} (allowed {table[i, 1]:.3g}), worst output {table[i, 2]:.3g} of its "
-            f"bound, memory and bits {'right' if table[i, 3] == 1 else 'WRONG'}"
+            f"{self.names[i]}: error {table[i, 0]:.3g} (allowed {table[i, 1]:.3g}), worst output {table[i, 2]:.3g} of "
+            f"its bound, memory and bits {'right' if table[i, 3] == 1 else 'WRONG'}"
             for i in np.flatnonzero(bad)
         ]
 
@@ -188,7 +188,7 @@ class Guarded:
         self.matrix = inner[:, :n].view(getattr(torch, dtype))
 
     def intact(self) -> Any:
-        """A boolean on the GPU: nothing outside the matrix was written, everything inside was. Marks the inside again."""
+        """A boolean on the GPU: nothing outside the matrix was written, all inside was. Marks the inside again."""
         import torch
 
         inside = self.matrix.view(torch.int16)

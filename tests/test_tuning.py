@@ -1,4 +1,4 @@
-"""tune and explain: what they say without a GPU, the tuner's own check, the maker of the table; tuning itself on a GPU."""
+"""tune and explain: what they say without a GPU, the tuner's own check, the maker of the table; tuning on a GPU."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_tune_refuses_what_it_cannot_measure(packed: Any) -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 3e3])
 def test_the_tuners_check_sees_a_wrong_value(packed: Any, dtype: str, scale: float) -> None:
     with np.errstate(over="ignore"):
-        given = shflnb.ShflBWMatrix(packed.shape, packed.block, packed.indptr, packed.indices,
-                                    (packed.values * np.float16(scale)).astype(DTYPES[dtype]), packed.row_perm)  # fmt: skip
+        values = (packed.values * np.float16(scale)).astype(DTYPES[dtype])
+    given = shflnb.ShflBWMatrix(packed.shape, packed.block, packed.indptr, packed.indices, values, packed.row_perm)
     check = _Check(given, 50)
     right = matmul_definition(given, check.x).astype(DTYPES[dtype])
     assert np.isfinite(right.astype(np.float32)).all(), "far from overflow"

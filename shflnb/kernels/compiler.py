@@ -196,25 +196,26 @@ def _link(ptx: str, arch: str) -> bytes:
 
 
 def _assemble(ptx: str, arch: str) -> bytes:
-    """The cubin, from cuda.core or, where its linker is missing or refuses (older than the PTX), from ptxas if there is one."""
+    """The cubin, from cuda.core; where its linker is missing or refuses (older than the PTX), from ptxas."""
     try:
         return _link(ptx, arch)
-    except Exception as error:  # noqa: BLE001 (cuda.core raises its own, the driver's and nvJitLink's exceptions, all unrelated)
+    except Exception as error:  # cuda.core raises its own, the driver's and nvJitLink's exceptions: no common base
         if find_tool("ptxas") is None:
             raise DeviceError(
-                f"the kernel could not be assembled for {arch}: {type(error).__name__}: {str(error)[:500]}; install the extra "
-                "of your driver (shflnb[cu12] or shflnb[cu13]), or a CUDA toolkit whose ptxas is on PATH"
+                f"the kernel could not be assembled for {arch}: {type(error).__name__}: {str(error)[:500]}; install "
+                "the extra of your driver (shflnb[cu12] or shflnb[cu13]), or a CUDA toolkit whose ptxas is on PATH"
             ) from error
     return ptxas_assemble(ptx, arch)[0]
 
 
 def assembler() -> dict[str, str | None]:
-    """Which program turns PTX into machine code here, tried on an empty kernel: {"used", "problem"}; for the doctor."""
+    """Which program assembles PTX here, tried on an empty kernel: {"used", "problem"}; for the doctor."""
     ptx = ".version 7.0\n.target sm_80\n.address_size 64\n.visible .entry empty()\n{ ret; }\n"
     try:
         _link(ptx, "sm_80")
     except Exception as error:  # noqa: BLE001 (see _assemble)
-        problem = f"cuda.core cannot: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        problem = f"cuda.core cannot: {type(error).__name__}: {first_line}"
         return {"used": "ptxas" if find_tool("ptxas") else None, "problem": problem}
     return {"used": "cuda.core", "problem": None}
 

@@ -1,4 +1,4 @@
-"""The list of all GPU kernels of an architecture, so that a test can compile and inspect every one and none is forgotten.
+"""All GPU kernels of an architecture in one list, so that a test can compile and inspect them and none is forgotten.
 
 A new kernel family adds one function to `FAMILIES`; what a family lists here is what the selection may launch.
 """

@@ -66,7 +66,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def load(device_name: str) -> Mapping[str, dict[str, Any]]:
-    """The remembered entries of a device, read from the disk once per process: `select.table_key` -> fields of a Config."""
+    """The remembered entries of a device, read once per process: `select.table_key` -> fields of a Config."""
     found = _TABLES.get(device_name)
     if found is None:
         with _LOCK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +15,9 @@ from ..formats.skinny_layout import SkinnyLayout, to_skinny
 from .config import EPILOGUES
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 
-__all__ = ["MAX_N", "SkinnyConfig", "SkinnyPlan", "SkinnySplit", "SkinnyWeights", "choose_config", "choose_split", "kernel_spec",
-           "make_plan", "run_skinny", "skinny_plan", "skinny_weights", "sum_spec", "warps_of", "window_limit", "x_flags"]  # fmt: skip
+__all__ = ["MAX_N", "SkinnyConfig", "SkinnyPlan", "SkinnySplit", "SkinnyWeights", "arrays_of", "choose_config", "choose_split",
+           "chunks_of", "kernel_spec", "make_plan", "out_flags", "predict_us", "run_skinny", "skinny_plan", "skinny_weights",
+           "split_for", "sum_spec", "teams_of_ranks", "warps_of", "window_limit", "x_flags"]  # fmt: skip
 
 MAX_N = 64
 ARGUMENTS = 19
@@ -123,6 +125,12 @@ class SkinnyConfig:
 
 # --- choice: pure -----------------------------------------------------------------------------------------------------
 RECORDS_IN_FLIGHT_KB = 80  # a ring deeper than this gains nothing; H200: 4.3 TB/s times 1 us is 33 KiB an SM
+TABLE_BYTES = 4096  # shared memory left for a team's table when windows are cut
+# what choose_split counts with, H200 (2026-11): KiB per us that an SM gets from device memory, when all read; from L2; from
+# the shared memory of its cluster; of its own
+MEMORY_KB_PER_US, L2_KB_PER_US, CLUSTER_KB_PER_US, SHARED_KB_PER_US = 32.0, 42.0, 25.0, 150.0
+CLUSTER_US, BLOCK_US = 1.0, 0.3  # the barriers around the sums
+SAME_SPLIT = 1.08  # up to this much slower, few columns share the layout, and the memory, of many
 
 
 @dataclass(frozen=True)
@@ -136,53 +144,93 @@ class SkinnySplit:
 
 
 def warps_of(v: int) -> int:
-    """Warps of a block: the more the shorter the records, but leaving each thread the registers that 64 columns need."""
-    return {16: 16, 32: 12}.get(v, 8)
+    """Warps of a block: more for short records, but leaving each thread the registers that 64 columns need."""
+    return 16 if v <= 32 else 8
 
 
-def window_limit(v: int, smem_limit: int) -> int:
-    """Rows of x that fit beside rings of the least depth for 64 columns: what the layout's windows are cut to."""
-    least = SkinnyConfig(v, 8, warps_of(v), 4, slots="global")
-    rows = (smem_limit - least.ring_bytes) // (16 * least.chunks) - 8
+def chunks_of(n: int) -> int:
+    """The kernel's columns for n of them, in units of 8."""
+    return next(c for c in (1, 2, 4, 8) if n <= 8 * c)
+
+
+def window_limit(v: int, smem_limit: int, chunks: int = 8) -> int:
+    """Rows of x that fit beside rings of depth 4 for this many columns: what the layout's windows are cut to."""
+    least = SkinnyConfig(v, chunks, warps_of(v), 4, slots="global")
+    rows = (smem_limit - least.ring_bytes - TABLE_BYTES) // (16 * chunks) - 8
     return min(0x7FC0, rows // 64 * 64)
 
 
-def choose_split(steps: np.ndarray, k: int, v: int, teams_of_ranks: dict[int, int], smem_limit: int) -> SkinnySplit:
-    """The split with the least predicted load of its busiest block.
+def choose_split(
+    steps: np.ndarray, k: int, v: int, teams_of_ranks: dict[int, int], smem_limit: int, chunks: int = 8
+) -> SkinnySplit:
+    """The split with the least predicted time; what is best for 64 columns also serves fewer, unless it costs them much.
 
     `steps` has the 16-column steps of every group; `teams_of_ranks` says how many teams of each size run at once.
     """
-    items = np.sort(np.repeat(steps, max(1, v // 64)))[::-1]
-    window = window_limit(v, smem_limit)
-    best: tuple[float, SkinnySplit] | None = None
-    for ranks, teams in sorted(teams_of_ranks.items()):
-        teams = max(1, min(teams, len(items)))
-        busiest = max(float(items.sum()) / teams, float(items[0]) if len(items) else 0.0) / ranks
-        if len(items) < 8 * teams:  # few items a team: how they fall matters
-            loads = np.zeros(teams)
-            for load in items.tolist():
-                loads[loads.argmin()] += load
-            busiest = float(loads.max()) / ranks
-        # in KiB that pass through one block: weights, the window of 16 columns, slots read from the other ranks
-        cost = busiest * (32 * min(v, 64) + 32) / 1024 + k / ranks * 32 / 1024 + 4.0 * (ranks - 1)
-        if best is None or cost < best[0]:
-            best = (cost, SkinnySplit(teams, ranks, warps_of(v), window))
-    assert best is not None, "there is a team size"
-    return best[1]
+    def cost(split: SkinnySplit, columns: int) -> float:
+        return predict_us(steps, k, v, split, columns)
+
+    def options(columns: int) -> list[SkinnySplit]:
+        found = []
+        for ranks, teams in sorted(teams_of_ranks.items()):
+            used = max(1, min(teams, len(steps) * max(1, v // 64)))
+            is_owned = _team_loads(steps, v, used)[1] <= warps_of(v)
+            found.append(SkinnySplit(used, ranks, warps_of(v), window_limit(v, smem_limit, 8 if is_owned else columns)))
+        return found
+
+    many = min(options(8), key=lambda split: cost(split, 8))
+    if chunks > 2:
+        return many
+    few = min(options(2), key=lambda split: cost(split, 2))
+    return many if cost(many, 2) <= SAME_SPLIT * cost(few, 2) else few
+
+
+def _team_loads(steps: np.ndarray, v: int, teams: int) -> tuple[float, int]:
+    """Steps of the busiest team and items of the team with most."""
+    loads = [(0, 0)] * teams
+    for load in np.sort(np.repeat(steps, max(1, v // 64)))[::-1].tolist():
+        heapq.heapreplace(loads, (loads[0][0] + load, loads[0][1] + 1))
+    return float(max(load for load, _ in loads)), max(items for _, items in loads)
+
+
+def predict_us(steps: np.ndarray, k: int, v: int, split: SkinnySplit, chunks: int) -> float:
+    """Microseconds that the busiest block streams weights and x and adds slots; the launch is not counted."""
+    config = SkinnyConfig(v, chunks, split.warps, 2, slots="global")
+    load, items = _team_loads(steps, v, split.teams)
+    weights = load / split.ranks * config.record_bytes / 1024
+    rows = k / split.ranks
+    x = rows * 16 * chunks / 1024
+    all_weights = float(steps.sum()) * max(1, v // 64) * config.record_bytes / 1024 / split.teams / split.ranks
+    slots = split.warps
+    if items > split.warps:  # not owned: pieces end with items and phases, and the last of them wait in L2
+        slots = split.warps + (items - 1) * max(1, round(rows / split.window + 0.49))
+    sums = slots * config.slot_bytes / 1024
+    stream = max(all_weights / MEMORY_KB_PER_US, (weights + x + (sums if items > split.warps and chunks > 2 else 0)) / L2_KB_PER_US)
+    if split.ranks == 1:
+        return stream + sums / SHARED_KB_PER_US + BLOCK_US
+    return stream + sums * (split.ranks - 1) / split.ranks / CLUSTER_KB_PER_US + CLUSTER_US
 
 
 def choose_config(layout: SkinnyLayout, n: int, dtype: str, smem_limit: int, finish: str, is_chained: bool) -> tuple[SkinnyConfig, bool]:
-    """The kernel for n columns and whether it loads a block's whole window at once."""
-    chunks = next(c for c in (1, 2, 4, 8) if n <= 8 * c)
-    warps = layout.warps.shape[1]
-    base = SkinnyConfig(layout.v, chunks, warps, 2, finish, "global", dtype, is_chained=is_chained)
+    """The kernel for n columns and whether it loads a block's whole window at once.
+
+    Where two blocks fit an SM with rings of depth 4 they get no more: a chained kernel then starts beside the one before it.
+    """
+    warps, words = layout.warps.shape[1], layout.team_table.shape[1]
+    base = SkinnyConfig(layout.v, chunks_of(n), warps, 2, finish, "global", dtype, is_chained=is_chained)
     wanted = max(3, min(9, 1 + RECORDS_IN_FLIGHT_KB * 1024 // (warps * base.record_bytes)))
+    places = ("global",) if finish == "none" else ("window",) if layout.is_owned else ("shared", "global")
     for is_merged in (True, False):
         rows = layout.window_rows(is_merged)
-        for slots in ("shared", "global") if finish != "none" else ("global",):
+        for slots in places:
             for depth in range(wanted, 2, -1):
                 config = replace(base, slots=slots, depth=depth)
-                if config.smem_bytes(rows, layout.slots) <= smem_limit and (slots == "global" or depth >= min(4, wanted)):
+                size = config.smem_bytes(rows, layout.slots, words)
+                if size <= smem_limit and (slots != "shared" or depth >= min(4, wanted)):
+                    for shallower in range(depth, 3, -1):
+                        pair = replace(config, depth=shallower)
+                        if config.blocks_per_sm == 2 and 2 * (pair.smem_bytes(rows, layout.slots, words) + 1024) <= smem_limit + 1024:
+                            return pair, is_merged
                     return config, is_merged
     raise DeviceError(f"{n} columns do not fit {smem_limit} bytes of shared memory a block; use the kernels for many columns")
 
@@ -205,7 +253,8 @@ class SkinnyPlan:
     kernels: tuple[tuple[LoadedKernel, Any], ...]
     """Kernels and their launch configurations, in order."""
     head: tuple[int, ...]
-    shape: int
+    tail: tuple[int, int]
+    """The last two arguments: sizes of the layout."""
     work_bytes: int
 
 
@@ -217,7 +266,7 @@ def kernel_spec(config: SkinnyConfig, smem_limit: int) -> KernelSpec:
 
         return make_skinny(config)
 
-    return KernelSpec(repr(config), config.name, "skinny", make, ARGUMENTS, config.threads, smem_limit)
+    return KernelSpec(repr(config), config.name, "skinny", make, ARGUMENTS, config.threads, smem_limit, config.blocks_per_sm)
 
 
 def sum_spec(config: SkinnyConfig) -> KernelSpec:
@@ -246,7 +295,7 @@ def teams_of_ranks(context: DeviceContext, v: int, stream: int) -> dict[int, int
     return found
 
 
-def skinny_weights(packed: ShflBWMatrix, context: DeviceContext, stream: int, split: SkinnySplit | None = None) -> SkinnyWeights:
+def skinny_weights(packed: ShflBWMatrix, context: DeviceContext, stream: int, split: SkinnySplit) -> SkinnyWeights:
     """The layout of a packed matrix on a device; uploaded at the first call."""
     key = ("skinny weights", context.ordinal, split)
     found: SkinnyWeights | None = packed.launch_cache.get(key)
@@ -255,30 +304,33 @@ def skinny_weights(packed: ShflBWMatrix, context: DeviceContext, stream: int, sp
         with _LOCK:
             found = packed.launch_cache.get(key)
             if found is None:
-                if split is None:
-                    steps = -(-packed.counts // 16)
-                    split = choose_split(steps, packed.shape[1], packed.v, teams_of_ranks(context, packed.v, stream), context.smem_limit)
                 layout = to_skinny(packed, split.teams, split.ranks, split.warps, split.window)
-                arrays = [layout.records, layout.warps, layout.windows[1], layout.windows[0], layout.entry_ptr, layout.entries,
-                          layout.teams_ptr, layout.rows]  # fmt: skip
                 with context.current():
-                    memory = DeviceMemory(context, arrays)
+                    memory = DeviceMemory(context, arrays_of(layout))
                 found = SkinnyWeights(memory, replace(layout, records=layout.records[:0]))
                 packed.launch_cache[key] = found
     return found
 
 
+def arrays_of(layout: SkinnyLayout) -> list[np.ndarray]:
+    """What goes to the device, in the order `make_plan` expects."""
+    return [layout.records, layout.warps, layout.windows[1], layout.windows[0], layout.team_table, layout.rows]
+
+
+def split_for(packed: ShflBWMatrix, context: DeviceContext, n: int, stream: int) -> SkinnySplit:
+    """The split for n columns of a packed matrix on a device."""
+    teams = teams_of_ranks(context, packed.v, stream)
+    return choose_split(-(-packed.counts // 16), packed.shape[1], packed.v, teams, context.smem_limit, chunks_of(n))
+
+
 def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int) -> SkinnyPlan:
     """The launch record for n columns; one for every 8, 16, 32 or 64."""
-    chunks = next(c for c in (1, 2, 4, 8) if n <= 8 * c)
-    key = ("skinny plan", context.ordinal, chunks, epilogue)
+    key = ("skinny plan", context.ordinal, chunks_of(n), epilogue)
     plan: SkinnyPlan | None = packed.launch_cache.get(key)
     if plan is None:
-        weights = skinny_weights(packed, context, stream)
-        ranks = weights.layout.ranks
-        has_clusters = context.capability[0] >= 9
-        finish = "block" if ranks == 1 else "cluster" if has_clusters else "none"
-        config, is_merged = choose_config(weights.layout, n, packed.dtype, context.smem_limit, finish, has_clusters)
+        weights = skinny_weights(packed, context, stream, split_for(packed, context, n, stream))
+        finish = "block" if weights.layout.ranks == 1 else "cluster" if context.has_chaining else "none"
+        config, is_merged = choose_config(weights.layout, n, packed.dtype, context.smem_limit, finish, context.has_chaining)
         plan = make_plan(weights, context, config.with_epilogue(epilogue), is_merged, stream)
         packed.launch_cache[key] = plan
     return plan
@@ -288,18 +340,18 @@ def make_plan(weights: SkinnyWeights, context: DeviceContext, config: SkinnyConf
     """The launch record of a config."""
     layout = weights.layout
     kernel = context.kernel(kernel_spec(config, context.smem_limit), stream)
-    rows, blocks = layout.window_rows(is_merged), layout.teams * layout.ranks
-    size = config.smem_bytes(rows, layout.slots)
+    rows, blocks, words = layout.window_rows(is_merged), layout.teams * layout.ranks, layout.team_table.shape[1]
+    size = config.smem_bytes(rows, layout.slots, words)
     cluster = layout.ranks if config.finish == "cluster" else 1
     kernels = [(kernel, kernel.config(blocks // cluster, cluster=cluster, smem_bytes=size, is_chained=config.is_chained))]
     if config.finish == "none":
         second = context.kernel(sum_spec(config), stream)
-        kernels.append((second, second.config(blocks)))
+        kernels.append((second, second.config(blocks, smem_bytes=4 * words)))
     records, warps, merged, phased, *rest = weights.memory.addresses
     head = (records, warps, merged if is_merged else phased, *rest)
-    shape = layout.ranks | layout.phases << 16 | rows << 32 | layout.slots << 48
+    shape = layout.ranks | layout.phases << 16 | config.place_rows(rows) << 32 | layout.slots << 48
     work = blocks * layout.slots * config.slot_bytes if config.slots == "global" else 0
-    return SkinnyPlan(config, weights, tuple(kernels), head, shape, work)
+    return SkinnyPlan(config, weights, tuple(kernels), head, (shape, words), work)
 
 
 def x_flags(address: int, token_stride: int, feature_stride: int, n: int) -> int:
@@ -311,6 +363,11 @@ def x_flags(address: int, token_stride: int, feature_stride: int, n: int) -> int
     if token_stride == 1 and feature_stride % 8 == 0:
         return FEATURE_CHUNKS
     return 0
+
+
+def out_flags(address: int, token_stride: int, feature_stride: int) -> int:
+    """How two neighbouring tokens of out may be stored at once, as bits of the kernel's flags."""
+    return OUT_PAIRS if token_stride == 1 and feature_stride % 2 == 0 and address % 4 == 0 else 0
 
 
 def run_skinny(
@@ -334,6 +391,7 @@ def run_skinny(
     plain = activation is None and not bias[0] and not residual[0]
     plan = skinny_plan(call.packed, call.context, n, "plain" if plain else activation or "identity", call.stream_handle)
     flags = bias[1] | (HAS_RESIDUAL if residual[0] else 0) | x_flags(x_address, token_stride, feature_stride, n)
+    flags |= out_flags(out_address, out_token_stride, out_feature_stride)
     work, owner = 0, None
     if plan.work_bytes:
         work, _, owner = call.workspace(1, plan.work_bytes // 2)
@@ -341,5 +399,5 @@ def run_skinny(
     for kernel, launch_config in plan.kernels:
         call.context.launch(call.stream_handle, launch_config, kernel, *plan.head, x_address, out_address, bias[0], residual[0],
                             work, token_stride, feature_stride, out_token_stride, out_feature_stride, residual[1], residual[2],
-                            sizes, plan.shape)  # fmt: skip
+                            sizes, *plan.tail)  # fmt: skip
     del owner

@@ -28,7 +28,7 @@ class Operand(DeviceView):
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Says that this is a device array, and on which stream its calls run; `device_view` takes the record itself."""
+        """Says that this is a device array and on which stream its calls run; `device_view` takes the record."""
         return {"stream": self.stream or None}
 
 

@@ -122,7 +122,8 @@ def explain(packed: ShflBWMatrix, n: int, *, device: int | str | None = None) ->
     Examples
     --------
     >>> import numpy as np, shflnb
-    >>> packed = shflnb.pack(np.eye(256, dtype=np.float16), block=(64, 64), row_perm=np.arange(256), fill_in_warning=None)
+    >>> w = np.eye(256, dtype=np.float16)
+    >>> packed = shflnb.pack(w, block=(64, 64), row_perm=np.arange(256), fill_in_warning=None)
     >>> found = shflnb.explain(packed, 4096, device="H200")
     >>> found.kernel.split()[0], found.is_here
     ('wgmma', False)
@@ -168,8 +169,9 @@ def _explain(
     return Explanation(
         m=problem.m, k=problem.k, n=n, v=problem.v, dtype=half.dtype, density=packed.density, device=name,
         is_here=ordinal is not None, kernel=KERNELS.get(config.kernel, config.kernel), config=config.name,
-        reason=_reason(choice), threads=config.threads, smem_bytes=config.smem_bytes, registers=registers, blocks_per_sm=resident,
-        blocks=blocks, predicted_us=choice.predicted_us, roof_us=roof, roof=limit, cpu=_cpu(packed, n),
+        reason=_reason(choice), threads=config.threads, smem_bytes=config.smem_bytes, registers=registers,
+        blocks_per_sm=resident, blocks=blocks, predicted_us=choice.predicted_us, roof_us=roof, roof=limit,
+        cpu=_cpu(packed, n),
     )  # fmt: skip
 
 

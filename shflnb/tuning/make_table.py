@@ -1,8 +1,8 @@
 """Make the committed table of the GPU at hand: `python -m shflnb.tuning.make_table [--shapes FILE] [--out FILE]`.
 
-Every candidate is checked and timed on random patterns of each shape; an entry is written only where the best one beats
-the rule by more than `WORTH`, so that the table stays small and says where the rule is wrong. n counts in buckets (up to
-the next power of two): an entry is the config with the least total loss over the widths of its bucket.
+Every candidate is checked and timed on random patterns of each shape; an entry is written only where the best one
+beats the rule by more than `WORTH`, so that the table stays small and says where the rule is wrong. n counts in
+buckets (up to the next power of two): an entry is the config with the least total loss over the widths of its bucket.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SHAPES = (
     (1024, 1024, 960), (4096, 1024, 960), (1024, 4096, 960), (1024, 1024, 1056), (4096, 1024, 1056), (1024, 4096, 1056),
     (4096, 1024, 128), (4096, 1024, 320), (4096, 1024, 640), (4096, 1024, 3200), (4096, 1024, 6400),
     (4096, 2048, 128), (4096, 2048, 640), (4096, 2048, 6400), (2048, 2048, 4096), (1024, 1024, 4096),
-    (4096, 4096, 512), (4096, 4096, 4096), (8192, 8192, 8192), (14336, 4096, 4096), (4096, 14336, 4096), (28672, 4096, 4096),
+    (4096, 4096, 512), (4096, 4096, 4096), (8192, 8192, 8192), (14336, 4096, 4096), (4096, 14336, 4096),
+    (28672, 4096, 4096),
 )  # fmt: skip
 """(m, k, n) when no file is given: the sizes of Transformer, GNMT and Llama layers."""
 
@@ -140,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(
-        f"{measured} of {total} products measured in {time.perf_counter() - start:.0f} s; rule within 10 % of the best in "
-        f"{report['rule_within_10_percent']}, worst {max(losses, default=0.0):.0%}; {len(entries)} entries in {target}\n"
+        f"{measured} of {total} products measured in {time.perf_counter() - start:.0f} s; rule within 10 % of the "
+        f"best in {report['rule_within_10_percent']}, worst {max(losses, default=0):.0%}; {len(entries)} in {target}\n"
     )
     return 0
 

@@ -28,7 +28,7 @@ SAMPLE = 64
 
 @dataclass(frozen=True)
 class Measured:
-    """One config's device time in microseconds and the largest error of its sampled outputs, in units of their bound."""
+    """One config's device time in microseconds, and the largest error of its sampled outputs over their bound."""
 
     config: Config
     us: float

@@ -80,10 +80,11 @@ def emulate(layout: SkinnyLayout, chunks: int, x: np.ndarray, m: int, merged: bo
     slots, n = stream(layout, chunks, x, merged), len(x)
     out = np.full((n, m), np.nan)
     stored = np.zeros((n, m), int)
-    for team in range(layout.teams):
-        for item in range(int(layout.teams_ptr[team]), int(layout.teams_ptr[team + 1])):
+    for team, table in enumerate(layout.team_table):
+        first, items = int(table[0]), int(table[1])
+        for item in range(first, first + items):
             total = np.zeros(slots.shape[2:])
-            for entry in layout.entries[int(layout.entry_ptr[item]) : int(layout.entry_ptr[item + 1])]:
+            for entry in table[int(table[2 + item - first]) : int(table[3 + item - first])]:
                 total += slots[team * layout.ranks + (int(entry) >> 16), int(entry) & 0xFFFF]
             rows = layout.rows[item * layout.item_rows : (item + 1) * layout.item_rows].astype(np.int64)
             for strip in range(layout.item_rows // 16):

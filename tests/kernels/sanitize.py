@@ -49,8 +49,8 @@ def run_config(config: Any, number: int) -> list[str]:
         if not verdict.holds:
             wrong.append(f"{config.name} {m} x {k} x {n}: {verdict}")
         activation = ("gelu", "relu", "silu", None)[number % 4]
-        y = device_matmul(packed, on_device(x), bias=on_device(bias), activation=activation, residual=on_device(residual),
-                          config=config)  # fmt: skip
+        extra = {"bias": on_device(bias), "residual": on_device(residual)}
+        y = device_matmul(packed, on_device(x), activation=activation, config=config, **extra)
         verdict = judge(host(y, config.dtype), packed, x, bias, activation, residual)
         if not verdict.holds:
             wrong.append(f"{config.name} {activation} {m} x {k} x {n}: {verdict}")

@@ -1,4 +1,4 @@
-"""Every GPU kernel compiled, assembled and inspected, without a GPU: no spills, no local memory, the right instructions.
+"""Every GPU kernel compiled, assembled and inspected without a GPU: no spills, no local memory, the right instructions.
 
 The kernels come from `registry.all_specs`. By default every (kernel, tiling, architecture) is built in one of its
 dtypes and epilogues, another one on each architecture; `pytest -m full tests/kernels/test_compile_all.py` builds all.
@@ -83,7 +83,7 @@ def inspect(arch: str, key: str) -> Inspection:
 
 # --- what is built ---------------------------------------------------------------------------------------------------
 def tiling_of(spec: KernelSpec) -> str:
-    """The kernel's name without dtype and epilogue (and, of the few-column kernels, without where sums wait and depth)."""
+    """The kernel's name without dtype and epilogue; of the few-column kernels, also without depth and place of sums."""
     name = re.sub(r"_(bf16|f16|plain|identity|relu|gelu|silu)(?=_|$)", "", spec.name)
     return re.sub(r"_(shared|global|d\d)(?=_)", "", name) if spec.family == "skinny" else name
 

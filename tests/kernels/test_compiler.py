@@ -1,4 +1,4 @@
-"""The compiler's disk cache under every kind of damage, its fallback, and its errors; no GPU, and a compiler that is faked."""
+"""The compiler's disk cache under every kind of damage, its fallback and its errors; most with a faked compiler."""
 
 from __future__ import annotations
 

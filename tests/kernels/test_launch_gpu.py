@@ -1,5 +1,7 @@
 """Launches on a GPU: streams, CUDA graphs, threads, devices, arrays of every maker, remembered shapes, error texts."""
 
+# ruff: noqa: E402  (what is imported needs torch and numba-cuda, and the tests skip without them)
+
 from __future__ import annotations
 
 import threading
@@ -77,7 +79,7 @@ def test_the_result_may_be_used_on_the_same_stream_at_once() -> None:
 
 @pytest.mark.parametrize("call", ["matmul", "linear"])
 def test_products_that_read_and_overwrite_each_others_operands(call: str) -> None:
-    """Kernels start before the one ahead is done; they must neither read its result early nor overwrite what it reads."""
+    """Kernels start before the one ahead is done: they must not read its result early, nor overwrite what it reads."""
     forth, back = random_packed(384, 512, 64, [256] * 6, seed=1), random_packed(512, 384, 128, [196] * 4, seed=2)
     start = normal(512, 704) if call == "matmul" else normal(704, 512)
 
@@ -236,7 +238,7 @@ def test_two_devices_in_one_process() -> None:
                     assert torch.cuda.current_device() == current
                     holds(y.to("cuda:0"), packed, x.to("cuda:0"))
                     holds(z.T.to("cuda:0"), packed, x.to("cuda:0"))
-    with pytest.raises(DeviceError, match="device 1.*device 0|device 0.*device 1"):
+    with pytest.raises(DeviceError, match=r"device 1.*device 0|device 0.*device 1"):
         shflnb.matmul(packed, xs[0], out=torch.empty(130, 40, dtype=torch.float16, device="cuda:1"))
 
 

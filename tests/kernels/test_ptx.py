@@ -198,7 +198,7 @@ def wgmma_128_byte_swizzle(byte: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("tile_n", "tile_k"), [(64, 64), (128, 64), (256, 64), (512, 32), (256, 32)])
 def test_stitched_rows_stand_in_the_128_byte_swizzle(tile_n: int, tile_k: int) -> None:
-    """The kernels' place of (row r, 16-byte chunk c) against the definition, with atoms of 64 tokens tile_k * 128 bytes apart."""
+    """The kernels' place of (row r, 16-byte chunk c) against the definition; an atom has 64 tokens."""
     r, c = np.meshgrid(np.arange(tile_k), np.arange(tile_n // 8), indexing="ij")
     place = (c >> 3) * (tile_k * 128) + r * 128 + (((c & 7) ^ (r & 7)) << 4)
     plain = (c // 8) * (tile_k * 128) + r * 128 + (c % 8) * 16

@@ -21,6 +21,7 @@ from shflnb.kernels.skinny_plan import (
     SkinnySplit,
     choose_config,
     choose_split,
+    chunks_of,
     kernel_spec,
     sum_spec,
     warps_of,
@@ -79,10 +80,10 @@ def test_emulated_product_is_exact(m: int, k: int, v: int, n: int, split: tuple[
 
 def test_work_is_cut_evenly() -> None:
     packed = packed_of(64 * 12, 2048, 64, [512] * 12)
-    layout = to_skinny(packed, teams=4, ranks=4, warps=8, window=1024)
+    layout = to_skinny(packed, teams=4, ranks=4, warps=2, window=1024)
     steps = layout.warps[:, :, 2]
-    assert layout.steps == 12 * 32 and layout.phases == 1
-    assert set(steps.sum(axis=1).tolist()) == {24} and steps.max() == 3 and steps.min() == 3
+    assert layout.steps == 12 * 32 and layout.phases == 1 and not layout.is_owned
+    assert set(steps.sum(axis=1).tolist()) == {24} and steps.max() == 12 and steps.min() == 12
     assert layout.window_rows(True) < 2048 // 4 * 1.3
     # each piece ends once, and its slot is named by one entry
     places = layout.records[:, layout.item_rows * 16 :]
@@ -90,6 +91,18 @@ def test_work_is_cut_evenly() -> None:
     team = np.repeat(np.repeat(np.arange(4), np.diff(layout.teams_ptr)), np.diff(layout.entry_ptr)[: len(layout.item_ids)])
     assert ends.sum() == len(layout.entries) == len({*zip(team.tolist(), layout.entries.tolist(), strict=True)})
     assert ((places & LAST_STEP) != 0).all(axis=1).sum() == ends.sum()
+
+
+def test_an_owned_layout_gives_a_warp_one_piece() -> None:
+    """Through all phases; warps go to the items with most steps, and none has more than its fair share by much."""
+    packed = packed_of(64 * 12, 2048, 64, [512] * 11 + [1024])
+    layout = to_skinny(packed, teams=4, ranks=2, warps=8, window=256)
+    assert layout.is_owned and layout.phases > 1 and layout.slots == 8
+    steps = layout.warps[:, :, 2]
+    assert steps.min() > 0 and steps.max() <= 16 * 32 // (4 * 8) + 6
+    ends = (layout.records[:, layout.item_rows * 16] & LAST_STEP) != 0
+    assert ends.sum() == 4 * 2 * 8 == len(layout.entries)
+    assert layout.warps[:, :, 1].tolist() == [list(range(8))] * 8
 
 
 def test_neighbours_fall_into_different_banks() -> None:
@@ -130,7 +143,7 @@ def test_layout_refuses_what_it_cannot_hold() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"v": 48}, {"chunks": 3}, {"warps": 5}, {"depth": 1}, {"depth": 10}, {"finish": "atomics"}, {"slots": "local"},
-     {"finish": "none", "slots": "shared"}, {"dtype": "float32"}, {"epilogue": "tanh"}, {"prefetch": 64}],
+     {"finish": "none", "slots": "shared"}, {"finish": "none", "slots": "window"}, {"dtype": "float32"}, {"epilogue": "tanh"}, {"prefetch": 64}],
 )  # fmt: skip
 def test_config_checks_itself(wrong: dict) -> None:
     with pytest.raises(errors.ArgumentError):
@@ -142,14 +155,14 @@ def test_config_checks_itself(wrong: dict) -> None:
 def test_every_n_has_a_config_that_fits(v: int, limit: int) -> None:
     counts = [500] * (512 // v) + [3, 0]
     packed = packed_of(v * len(counts), 3000, v, counts)
-    window = window_limit(v, limit)
-    split = choose_split(-(-packed.counts // 16), 3000, v, {1: 132, 2: 66, 4: 32, 8: 16}, limit)
-    assert split.window == window >= 128
-    layout = to_skinny(packed, split.teams, split.ranks, split.warps, window)
-    for finish in ("cluster", "none"):
-        for n in (1, 8, 9, 33, 64):
+    teams = {1: 132, 2: 66, 4: 32, 8: 16}
+    for n in (1, 8, 9, 33, 64):
+        split = choose_split(-(-packed.counts // 16), 3000, v, teams, limit, chunks_of(n))
+        assert split.window >= window_limit(v, limit) >= 128
+        layout = to_skinny(packed, split.teams, split.ranks, split.warps, split.window)
+        for finish in ("cluster", "none"):
             config, is_merged = choose_config(layout, n, "float16", limit, finish, True)
-            assert config.smem_bytes(layout.window_rows(is_merged), layout.slots) <= limit
+            assert config.smem_bytes(layout.window_rows(is_merged), layout.slots, layout.team_table.shape[1]) <= limit
             assert 8 * config.chunks >= n and config.depth >= 3
 
 
@@ -159,6 +172,8 @@ def test_split_uses_every_block() -> None:
     assert large.teams * large.ranks >= 128
     small = choose_split(np.full(16, 64), 4096, 64, teams, SMEM_LIMIT[90])
     assert small == SkinnySplit(16, 8, warps_of(64), window_limit(64, SMEM_LIMIT[90]))
+    few, many = (choose_split(np.full(448, 64), 4096, 64, teams, SMEM_LIMIT[90], chunks) for chunks in (1, 8))
+    assert few == many  # one layout in memory
     assert choose_split(np.zeros(1, np.int64), 16, 16, teams, SMEM_LIMIT[90]).teams == 1
 
 
@@ -179,8 +194,11 @@ def test_how_x_is_read(address: int, token: int, feature: int, n: int, flags: in
         ("sm_89", SkinnyConfig(16, 1, 16, 5, "block", "shared")),
         ("sm_90", SkinnyConfig(64, 8, 8, 5, "cluster", "global", "float16", "silu", is_chained=True)),
         ("sm_90", SkinnyConfig(128, 1, 8, 5, "cluster", "shared", "bfloat16", is_chained=True)),
-        ("sm_100", SkinnyConfig(32, 8, 12, 7, "cluster", "global", "float16", "gelu", is_chained=True)),
-        ("sm_120", SkinnyConfig(32, 2, 12, 5, "cluster", "shared", "float16", "relu", is_chained=True)),
+        ("sm_90", SkinnyConfig(64, 8, 8, 4, "cluster", "window", "bfloat16", "gelu", is_chained=True)),
+        ("sm_90", SkinnyConfig(64, 2, 8, 5, "block", "window", "float16", "silu", is_chained=True)),
+        ("sm_90", SkinnyConfig(32, 8, 16, 4, "cluster", "window", "float16", "gelu", is_chained=True)),
+        ("sm_100", SkinnyConfig(32, 8, 16, 5, "cluster", "global", "float16", "gelu", is_chained=True)),
+        ("sm_120", SkinnyConfig(32, 2, 16, 5, "cluster", "shared", "float16", "relu", is_chained=True)),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )

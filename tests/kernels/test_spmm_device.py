@@ -3,6 +3,8 @@
 References are computed on the GPU in float64 from the fields of the packed matrix, and read once per test.
 """
 
+# ruff: noqa: E402  (what is imported needs torch and numba-cuda, and the tests skip without them)
+
 from __future__ import annotations
 
 import itertools
@@ -79,7 +81,7 @@ def test_small_integers_are_exact() -> None:
 
 
 def test_error_rule_on_thousands_of_shapes() -> None:
-    """Promise 2 on 15 matrices x 14 widths for every config: 5,040 products on an H200, into guarded memory by turns."""
+    """Promise 2 on 15 matrices x 14 widths for every config: 5,040 products on an H200, some into guarded memory."""
     seen = Verdicts()
     for number, in_dtypes in enumerate(zip(*(cases.configs(dtype) for dtype in DTYPE_NAMES), strict=True)):
         for place, (m, k) in enumerate(cases.error_cases(in_dtypes[0].v)):
@@ -250,7 +252,7 @@ def test_any_strides_of_x_out_and_residual(n: int) -> None:
 
 
 def test_nothing_outside_out_is_written() -> None:
-    """Every config, odd sizes, aligned and misaligned out; memory before, between and behind the rows keeps its marks."""
+    """Every config, odd sizes, aligned and misaligned out; memory before, between and behind rows keeps its marks."""
     seen = Verdicts()
     for config in cases.configs():
         packed = random_packed(2 * config.v + 3, 40, config.v, seed=1)

@@ -1,5 +1,7 @@
 """The layout kernels on a GPU, bit for bit: transposes and strided copies of any size, alignment and stride."""
 
+# ruff: noqa: E402  (what is imported needs torch and numba-cuda, and the tests skip without them)
+
 from __future__ import annotations
 
 from typing import Any
