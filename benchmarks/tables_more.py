@@ -104,6 +104,20 @@ def models(data: Data) -> str:
     return markdown(["part", "case", "dtype", "what", "time", "speed-up", "bar", "note"], lines, left=4)
 
 
+def limits(data: Data) -> str:
+    """What the hardware's counters say of a product."""
+    rows = data.of("ncu")
+    if not rows:
+        return absent("profile_spmm.py", " under Nsight Compute")
+    lines = [
+        [f"{r['m']} x {r['k']}, n = {r['n']}", percent(r["sparsity"]), r["v"], micros(r["duration"]),
+         *(f"{float(r[key]):.0f} %" for key in ("l2_percent", "l1_percent", "sm_percent", "dram_percent", "l2_hit_percent"))]
+        for r in rows
+    ]  # fmt: skip
+    header = ["product", "zeros", "v", "time", "L2", "L1 and shared memory", "SM", "device memory", "hits in L2"]
+    return f"{rows[0]['gpu']}, {rows[0]['date']}, one launch each, cold.\n\n{markdown(header, lines)}"
+
+
 def machines(data: Data) -> str:
     """Where and with what each CSV was measured."""
     if not data.machines:
@@ -123,5 +137,5 @@ def machines(data: Data) -> str:
 
 ALL_TABLES: dict[str, Callable[[Data], str]] = TABLES | {
     "cpu": cpu, "host": host, "search": search, "search_time": search_time, "models": models,
-    "machines": machines,
+    "machines": machines, "limits": limits,
 }  # fmt: skip

@@ -204,7 +204,7 @@ def test_tuning_on_this_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     from shflnb.kernels.launch import device_context
     from shflnb.kernels.spmm_device import plan_for
 
-    monkeypatch.setenv("SHFLNB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(remembered, "cache_dir", lambda: tmp_path / "kernels")  # compiled kernels stay where they are
     monkeypatch.setattr(remembered, "_TABLES", {})
     packed = random_pattern(1024, 1024, 64, 256)
     context = device_context(0)

@@ -254,7 +254,7 @@ class _Work:
         order = np.lexsort((cut.first[step], order_of_item[item_id], phase, block))
         step, item_id, block, phase = step[order], item_id[order], block[order], phase[order]
         if is_owned:
-            warp = _own_items(block, order_of_item[item_id], phase, warps)
+            warp = _own_items(block, order_of_item[item_id], warps)
         else:
             warp, _ = _equal_parts(block * phases + phase, warps)
         order = np.lexsort((np.arange(len(step)), phase, warp, block))
@@ -269,31 +269,27 @@ def _equal_parts(key: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
     return at * parts // np.maximum(np.repeat(count, count), 1), start
 
 
-def _own_items(block: np.ndarray, item: np.ndarray, phase: np.ndarray, warps: int) -> np.ndarray:
+def _own_items(block: np.ndarray, item: np.ndarray, warps: int) -> np.ndarray:
     """Warp of each step (sorted by block, phase and item) when a warp may work on one item only.
 
-    Each item of a block gets a warp, and the next warp always goes to the item whose warps have most steps; a phase's
-    steps of an item are cut evenly among its warps.
+    Each item of a block gets a warp, and the next warp always goes to the item whose warps have most steps; an item's
+    steps go to its warps in turns.
     """
     if not len(block):
         return np.zeros(0, np.int64)
-    cells, cell, steps = np.unique(np.stack([block, item]), axis=1, return_inverse=True, return_counts=True)
-    owners = np.ones(len(cells[0]), np.int64)
-    first = np.zeros(len(cells[0]), np.int64)
-    bounds = np.flatnonzero(np.append(np.append(True, cells[0][1:] != cells[0][:-1]), True))
+    cells, cell, steps = np.unique(block * (int(item.max()) + 1) + item, return_inverse=True, return_counts=True)
+    block_of = cells // (int(item.max()) + 1)
+    owners, first = np.ones(len(cells), np.int64), np.zeros(len(cells), np.int64)
+    bounds = np.flatnonzero(np.append(np.append(True, block_of[1:] != block_of[:-1]), True))
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         for _ in range(warps - (end - begin)):
             owners[begin + int(np.argmax(steps[begin:end] / owners[begin:end]))] += 1
         first[begin:end] = np.cumsum(owners[begin:end]) - owners[begin:end]
     cell = cell.reshape(-1)
-    run = cell * (int(phase.max()) + 1) + phase
-    order = np.argsort(run, kind="stable")
-    _, start, count = np.unique(run[order], return_index=True, return_counts=True)
-    at = np.empty(len(run), np.int64)
-    at[order] = np.arange(len(run)) - np.repeat(start, count)
-    size = np.empty(len(run), np.int64)
-    size[order] = np.repeat(count, count)
-    return first[cell] + at * owners[cell] // size
+    order = np.argsort(cell, kind="stable")
+    turn = np.empty(len(cell), np.int64)
+    turn[order] = np.arange(len(cell)) - np.repeat(np.cumsum(steps) - steps, steps)
+    return first[cell] + turn % owners[cell]
 
 
 def _phases(cut: _Steps, step: np.ndarray, block: np.ndarray, blocks: int, window: int) -> tuple[np.ndarray, int, np.ndarray]:

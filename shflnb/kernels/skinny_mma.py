@@ -251,29 +251,43 @@ def make_load_slot(config: SkinnyConfig) -> Callable[..., Any]:
     return cuda.jit(device=True, forceinline=True)(load_slot)
 
 
+def make_load_rows(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function: output rows of this lane in a 16 x 8 tile, NO_ROW beyond the last tile; `first` is the team's first item."""
+    tiles_of_item, chunks, item_rows = config.strips * config.chunks, config.chunks, 16 * config.strips
+
+    def load_rows(rows, first, tile, tiles, lane):
+        low, high = u32(NO_ROW), u32(NO_ROW)
+        if tile < tiles:
+            item, part = u32(first + u32(tile // u32(tiles_of_item))), u32(tile % u32(tiles_of_item))
+            at = rows + u64(u32(item * u32(item_rows) + u32(part // u32(chunks)) * u32(16) + (lane >> u32(2)))) * u64(4)
+            low = ld_global_nc_u32(at)
+            high = ld_global_nc_u32(at + u64(32))
+        return low, high
+
+    return cuda.jit(device=True, forceinline=True)(load_rows)
+
+
 def make_sum_slots(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function: a warp adds the slots of every ranks * warps-th 16 x 8 tile of its team, in order, and stores the result.
 
-    `table` is the team's row of the layout's `team_table` in shared memory. Eight slots are asked for at a time: one after
+    `table` is the team's row of the layout's `team_table` in shared memory, `tile` the warp's first. Eight slots are asked for at a time: one after
     the other, their latencies were three quarters of a product with 64 columns (H200, 2026-11).
     """
     tiles_of_item, chunks, warps = config.strips * config.chunks, config.chunks, config.warps
-    item_rows = 16 * config.strips
     plain = config.epilogue == "plain"
     activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
-    store_pair, load_slot = make_store_pair(config), make_load_slot(config)
+    store_pair, load_slot, load_rows = make_store_pair(config), make_load_slot(config), make_load_rows(config)
 
-    def sum_slots(table, rank, warp, ranks, lane, rows, slot_at, work_at, slots, n, out, ot, of, bias, residual, rt, rf,
-                  flags):  # fmt: skip
+    def sum_slots(table, tile, low_row, high_row, ranks, lane, rows, slot_at, work_at, slots, n, out, ot, of, bias, residual,
+                  rt, rf, flags):  # fmt: skip
         first = ld_shared_u32(table)
         tiles = u32(ld_shared_u32(u32(table + u32(4))) * u32(tiles_of_item))
-        tile = u32(rank * u32(warps) + warp)
         values = cuda.local.array(32, f32)
         while tile < tiles:
             item = u32(tile // u32(tiles_of_item))
             part = u32(tile % u32(tiles_of_item))
-            row_at = rows + u64(u32((first + item) * u32(item_rows) + u32(part // u32(chunks)) * u32(16) + (lane >> u32(2)))) * u64(4)
-            low_row, high_row = ld_global_nc_u32(row_at), ld_global_nc_u32(row_at + u64(32))
+            tile = u32(tile + ranks * u32(warps))
+            next_rows = load_rows(rows, first, tile, tiles, lane)  # asked for early: they may come from device memory
             entry = u32(table + ld_shared_u32(u32(table + u32(8) + item * u32(4))) * u32(4))
             end = u32(table + ld_shared_u32(u32(table + u32(12) + item * u32(4))) * u32(4))
             offset = u32(part * u32(512) + lane * u32(16))
@@ -299,7 +313,7 @@ def make_sum_slots(config: SkinnyConfig) -> Callable[..., Any]:
                 low_bias, high_bias = load_bias(bias, low_row, flags), load_bias(bias, high_row, flags)
             store_pair(activation(s0 + low_bias), activation(s1 + low_bias), low_row, token, n, out, ot, of, residual, rt, rf, flags)
             store_pair(activation(s2 + high_bias), activation(s3 + high_bias), high_row, token, n, out, ot, of, residual, rt, rf, flags)
-            tile = u32(tile + ranks * u32(warps))
+            low_row, high_row = next_rows[0], next_rows[1]
 
     return cuda.jit(device=True, forceinline=True)(sum_slots)
 
@@ -332,7 +346,8 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
     is_chained = config.is_chained
     load_window, copy_record, copy_table = make_load_window(config), make_copy_record(config), make_copy_table(config)
     multiply_step, flush, sum_slots = make_multiply_step(config), make_flush(config), make_sum_slots(config)
-    wait_oldest, wait_all = cp_async_wait[depth - 2], cp_async_wait[0]
+    wait_oldest, wait_all, load_rows = cp_async_wait[depth - 2], cp_async_wait[0], make_load_rows(config)
+    tiles_of_item = strips * chunks
 
     def skinny(records, warp_table, windows, team_table, rows, x, out, bias, residual, work,
                xt, xf, ot, of, rt, rf, sizes, shape, team_words):  # fmt: skip
@@ -345,15 +360,19 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
         zero_place, slots = u32((shape >> u64(32)) & u64(0xFFFF)), u32(shape >> u64(48))
         table_at = warp_table + u64(u32(block * u32(warps) + warp)) * u64(u32(((phases + u32(6)) >> u32(2)) << u32(4)))
         head = ld_global_nc_v4(table_at)
+        window = ld_global_nc_v4(windows + u64(u32(block * phases)) * u64(16))
         team = div_u32(block, ranks)
-        rank = u32(block - team * ranks)
+        tile = u32(u32(block - team * ranks) * u32(warps) + warp)
         table = u32(base + (zero_place + u32(8)) * u32(16 * chunks))
         rings = u32(table + u32(team_words) * u32(4))
         slot_at = u32(rings + u32(all_rings))
         if is_last:
             slot_at = base
         if is_cluster or is_block:
-            copy_table(table, team_table + u64(team) * team_words * u64(4), u32(team_words), tid)
+            team_at = team_table + u64(team) * team_words * u64(4)
+            copy_table(table, team_at, u32(team_words), tid)
+            tiles = u32(ld_global_nc_u32(team_at + u64(4)) * u32(tiles_of_item))
+            own_rows = load_rows(rows, ld_global_nc_u32(team_at), tile, tiles, lane)
         ring = u32(rings + warp * u32(ring_bytes) + lane * u32(16))
         source = records + u64(head[0]) * u64(record_bytes) + u64(lane) * u64(16)
         has_places = u32(1) if lane < u32(2) else u32(0)
@@ -379,7 +398,8 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
         use, fill = u32(0), u32((depth - 1) * record_bytes)
         steps = head[3]
         for phase in range(phases):
-            window = ld_global_nc_v4(windows + u64(u32(block * phases + u32(phase))) * u64(16))
+            if u32(phase) > u32(0):
+                window = ld_global_nc_v4(windows + u64(u32(block * phases + u32(phase))) * u64(16))
             if window[1] > u32(0):
                 if u32(phase) > u32(0):
                     cuda.syncthreads()
@@ -424,7 +444,8 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
             else:
                 cuda.syncthreads()
             work_at = work + u64(u32(team * ranks * slots)) * u64(slot_bytes)
-            sum_slots(table, rank, warp, ranks, lane, rows, slot_at, work_at, slots, n, out, ot, of, bias, residual, rt, rf, flags)
+            sum_slots(table, tile, own_rows[0], own_rows[1], ranks, lane, rows, slot_at, work_at, slots, n, out, ot, of,
+                      bias, residual, rt, rf, flags)  # fmt: skip
             if is_cluster and (is_shared or is_last):
                 cluster_arrive()  # a block's slots stay until the last rank has read them
                 cluster_wait()
@@ -435,7 +456,9 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
 def make_skinny_sum(config: SkinnyConfig) -> Callable[..., Any]:
     """The second kernel of finish="none": adds the slots and stores the results; arguments and grid as for the first."""
     slot_bytes = config.slot_bytes
+    warps, tiles_of_item = config.warps, config.strips * config.chunks
     sum_slots, copy_table, wait_all = make_sum_slots(config), make_copy_table(config), cp_async_wait[0]
+    load_rows = make_load_rows(config)
 
     def skinny_sum(records, warp_table, windows, team_table, rows, x, out, bias, residual, work,
                    xt, xf, ot, of, rt, rf, sizes, shape, team_words):  # fmt: skip
@@ -445,12 +468,14 @@ def make_skinny_sum(config: SkinnyConfig) -> Callable[..., Any]:
         n, flags = u32(sizes & u64(0xFFFF)), u32((sizes >> u64(16)) & u64(0xFFFF))
         ranks, slots = u32(shape & u64(0xFFFF)), u32(shape >> u64(48))
         team = div_u32(block, ranks)
-        rank = u32(block - team * ranks)
+        tile = u32(u32(block - team * ranks) * u32(warps) + warp)
         copy_table(table, team_table + u64(team) * team_words * u64(4), u32(team_words), tid)
         cp_async_commit()
         wait_all()
         cuda.syncthreads()
+        own_rows = load_rows(rows, ld_shared_u32(table), tile, u32(ld_shared_u32(u32(table + u32(4))) * u32(tiles_of_item)), lane)
         work_at = work + u64(u32(team * ranks * slots)) * u64(slot_bytes)
-        sum_slots(table, rank, warp, ranks, lane, rows, u32(0), work_at, slots, n, out, ot, of, bias, residual, rt, rf, flags)
+        sum_slots(table, tile, own_rows[0], own_rows[1], ranks, lane, rows, u32(0), work_at, slots, n, out, ot, of, bias,
+                  residual, rt, rf, flags)  # fmt: skip
 
     return skinny_sum

@@ -144,8 +144,8 @@ class SkinnySplit:
 
 
 def warps_of(v: int) -> int:
-    """Warps of a block: more for short records, but leaving each thread the registers that 64 columns need."""
-    return 16 if v <= 32 else 8
+    """Warps of a block: the more the shorter the records, but leaving each thread the registers that 64 columns need."""
+    return {16: 16, 32: 12}.get(v, 8)
 
 
 def chunks_of(n: int) -> int:
@@ -219,7 +219,7 @@ def choose_config(layout: SkinnyLayout, n: int, dtype: str, smem_limit: int, fin
     warps, words = layout.warps.shape[1], layout.team_table.shape[1]
     base = SkinnyConfig(layout.v, chunks_of(n), warps, 2, finish, "global", dtype, is_chained=is_chained)
     wanted = max(3, min(9, 1 + RECORDS_IN_FLIGHT_KB * 1024 // (warps * base.record_bytes)))
-    places = ("global",) if finish == "none" else ("window",) if layout.is_owned else ("shared", "global")
+    places = ("global",) if finish == "none" else ("window", "global") if layout.is_owned else ("shared", "global")
     for is_merged in (True, False):
         rows = layout.window_rows(is_merged)
         for slots in places:
