@@ -10,8 +10,8 @@ decode   Llama-3-8B decoder layer, one token per sequence, batch 1..16, in a CUD
 slower   40 layer shapes x 8 numbers of tokens: is any layer that `never_slower` chooses slower than dense?
 estimate times by `estimate` against those measured after pruning real weights
 
-Every sparse model is compared with the dense model of the same zeros before it is timed. Weights are random, the search is
-the quickest one: what a pattern retains does not change what it costs. The directory is $OUT without --out.
+Every sparse model is compared with the dense model of the same zeros before it is timed. Weights are random, the
+search is the quickest one: what a pattern retains does not change what it costs. The directory is $OUT without --out.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from torch import nn
 
 import shflnb
 from shflnb.nn import Report, ShflLinear
-from shflnb.nn.decide import Options, random_layer
+from shflnb.nn.facts import random_layer
 
-FIELDS = ("gpu", "part", "case", "dtype", "v", "sparsity", "what", "median_us", "p10_us", "p90_us", "samples", "launches",
-          "method", "sm_mhz", "eager_us", "speedup", "bar", "error", "note")  # fmt: skip
+FIELDS = ("gpu", "part", "case", "dtype", "v", "sparsity", "what", "median_us", "p10_us", "p90_us", "samples",
+          "launches", "method", "sm_mhz", "eager_us", "speedup", "bar", "error", "note")  # fmt: skip
 ERROR_LIMIT = {torch.float16: 6e-3, torch.bfloat16: 4e-2, torch.float32: 1e-4}
 BATCHES = (1, 2, 8, 32, 128, 512, 2048, 8192)
 PARTS = ("mlp", "decode", "bert", "slower", "estimate")
@@ -108,9 +108,11 @@ def sparsified(model: nn.Module, x: torch.Tensor, v: int, **options: Any) -> tup
 
 def call(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Callable[[], Any]:
     """The model on its input, without gradients."""
+
     def run() -> Any:
         with torch.no_grad():
             return model(x)
+
     return run
 
 
@@ -126,7 +128,7 @@ def compiled(run: Run, model: nn.Module, x: torch.Tensor) -> Callable[[], Any] |
     return function
 
 
-# -- parts --------------------------------------------------------------------------------------------------------------
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
 def bench_mlp(run: Run) -> None:
@@ -180,10 +182,14 @@ def bench_bert(run: Run) -> None:
     for name, timing in times.items():
         note = f"sparsify_ took {seconds:.1f} s; {len(report.sparse)} layers" if name.startswith("sparse") else ""
         run.row("bert", f"{sizes} {batch}x{tokens}", name, dtype=dtype, v=v, eager_us=round(eager[name], 1), note=note,
-                error=error if note else "", speedup=round(eager["dense eager"] / eager[name], 3), **timing.row())  # fmt: skip
+                error=error if note else "", speedup=round(eager["dense eager"] / eager[name], 3),
+                **timing.row())  # fmt: skip
     run.judge(f"BERT encoder, eager, {len(report.sparse)} layers sparse ({eager['sparse eager'] / 1e3:.2f} ms)",
               eager["dense eager"] / eager["sparse eager"], 1.35)  # fmt: skip
-    for text, told in (("foretold by the rows", report.predicted_us), ("measured by the report", report.model_sparse_us)):
+    for text, told in (
+        ("foretold by the rows", report.predicted_us),
+        ("measured by the report", report.model_sparse_us),
+    ):
         if told is not None:
             off = abs(told / eager["sparse eager"] - 1)
             run.row("bert", "report", text, dtype=dtype, v=v, median_us=round(told, 1), error=round(off, 4))
@@ -212,7 +218,13 @@ def sweep_shapes(toy: bool) -> list[tuple[int, int]]:
         return [(64, 64), (128, 64)]
     sizes = (512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 8192)
     shapes = [(s, s) for s in sizes] + [(4 * s, s) for s in sizes[:7]] + [(s, 4 * s) for s in sizes[:7]]
-    shapes += [(3 * s, s) for s in sizes[:8]] + [(14336, 4096), (4096, 14336), (1024, 4096), (6144, 4096), (28672, 4096)]
+    shapes += [(3 * s, s) for s in sizes[:8]] + [
+        (14336, 4096),
+        (4096, 14336),
+        (1024, 4096),
+        (6144, 4096),
+        (28672, 4096),
+    ]
     shapes += [(1000, 2048), (2304, 768), (640, 1280), (11008, 4096)]
     return list(dict.fromkeys(shapes))[:40]
 
@@ -220,21 +232,23 @@ def sweep_shapes(toy: bool) -> list[tuple[int, int]]:
 def bench_slower(run: Run) -> None:
     """`estimate` decides; then chosen layers and dense ones are timed again, in turns, and compared."""
     dtype, v = run.dtypes[0], 16 if run.is_toy else 64
-    options = Options(0.75, (v, 16 if run.is_toy else 64))
+    block = (v, 16 if run.is_toy else 64)
     worst, chosen, total, slower = 0.0, 0, 0, []
     for m, k in sweep_shapes(run.is_toy):
-        layer = random_layer((m, k), options, 0.75, bias=True, dtype=dtype, device=torch.device(run.device), seed=1)
+        layer = random_layer((m, k), block, 0.75, bias=True, dtype=dtype, device=torch.device(run.device), seed=1)
         model = run.made(lambda: nn.Sequential(nn.Linear(k, m)), dtype)  # noqa: B023 (called at once)
         for n in BATCHES[:3] if run.is_toy else BATCHES:
             if run.budget.is_spent:
                 run.lines.append(f"left out: never_slower from {m}x{k}, n={n} on (time budget)")
                 return
             x = torch.randn(n, k, device=run.device, dtype=dtype)
-            told = shflnb.estimate(model, x, 0.75, options.block, timing="graph")
+            told = shflnb.estimate(model, x, 0.75, block, timing="graph")
             total += 1
             row = told.rows[0]
             if row.decision == "dense":
-                run.row("slower", f"{m}x{k} n={n}", "dense chosen", dtype=dtype, v=v, speedup=round(row.speedup or 0, 3))
+                run.row(
+                    "slower", f"{m}x{k} n={n}", "dense chosen", dtype=dtype, v=v, speedup=round(row.speedup or 0, 3)
+                )
                 continue
             layer.layout = "token"
             times = measure({"dense": call(model, x), "sparse": call(layer, x)}, run.device, rounds=7, sample_us=300.0)
@@ -297,7 +311,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, before = results_name(options.device), machine(options.device)
     results = Results(options.out / f"{name}.models.csv", FIELDS)
     run = Run(options.device, name, results, Budget(options.seconds))
-    parts = {"mlp": bench_mlp, "bert": bench_bert, "decode": bench_decode, "slower": bench_slower, "estimate": bench_estimate}
+    parts = {
+        "mlp": bench_mlp,
+        "bert": bench_bert,
+        "decode": bench_decode,
+        "slower": bench_slower,
+        "estimate": bench_estimate,
+    }
     for part in (p for p in PARTS if p in options.only):
         if run.budget.is_spent:
             run.lines.append(f"left out: {part} (time budget)")

@@ -1,4 +1,6 @@
-"""What would pruning gain? A layer of the size of Llama-3-8B, without its weights: `python examples/estimate_before_pruning.py`."""
+"""What would pruning gain? A layer of the size of Llama-3-8B, without its weights: `python
+examples/estimate_before_pruning.py`.
+"""
 
 import argparse
 

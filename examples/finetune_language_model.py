@@ -87,8 +87,9 @@ def main() -> None:
         masked = test_loss(model, sizes)
         report = preparation.finalize() if device == "cpu" else None  # the kernels of a GPU take 16-bit weights
         packed = test_loss(model, sizes)
-        kept = f", {len(report.sparse)} layers packed" if report else ""
-        print(f"{sparsity:.1%} pruned at once: {test_loss(at_once, sizes):.3f}; fine-tuned: {masked:.3f}, packed {packed:.3f}{kept}")
+        kept = f"{len(report.sparse)} layers packed" if report else "masked"
+        print(f"{sparsity:.1%} pruned at once: {test_loss(at_once, sizes):.3f}; ", end="")
+        print(f"fine-tuned: {masked:.3f}, {kept}: {packed:.3f}", flush=True)
 
 
 if __name__ == "__main__":

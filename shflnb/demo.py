@@ -109,9 +109,7 @@ def _train_step(network: Network, digits: Digits, seed: int) -> Step:
 def _prune_step(w: np.ndarray, seed: int) -> tuple[Step, PruneResult]:
     found: dict[str, PruneResult] = {}
     seconds: dict[str, float] = {}
-    with threadpool_limits(
-        1, "blas"
-    ):  # a layer this small gains nothing from a second thread
+    with threadpool_limits(1, "blas"):  # a layer this small gains nothing from a second thread
         for search in ("identity", "paper", "refined"):
             start = time.perf_counter()
             found[search] = prune(w, sparsity=SPARSITY, block=BLOCK, search=search, seed=seed)

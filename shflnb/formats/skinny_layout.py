@@ -22,21 +22,19 @@ is the order in which the rows of a window stand there.
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import ArgumentError, DtypeError
 from .shflbw import ShflBWMatrix
+from .skinny_work import Steps, Work, share_items
 
 __all__ = ["LAST_STEP", "NO_ROW", "PADDING", "SkinnyLayout", "from_skinny", "place_of_row", "to_skinny"]
 
 PADDING = 0x7FFF  # a column place that stands for zeros
 LAST_STEP = 0x8000  # bit of the places of a piece's last step
 NO_ROW = 0xFFFFFFFF  # output row of a place that the short last group does not have
-ALIGN = 8  # windows start at multiples of this column: 16 bytes of token-major x
-PHASE_ALIGN = 64  # phases start at multiples of this row of their rank's window, which `place_of_row` respects
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,13 +155,13 @@ def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: 
         raise ArgumentError(f"teams = {teams}, ranks = {ranks}, warps = {warps}, window = {window}; expected positive counts "
                             "and a window of 128 to 32704 rows")  # fmt: skip
     parts = max(1, packed.v // 64)
-    cut = _Steps.of(packed, span=window // 2)
-    team_of_item = _share_items(np.repeat(cut.steps_of_group, parts), teams)
+    cut = Steps.of(packed, span=window // 2)
+    team_of_item = share_items(np.repeat(cut.steps_of_group, parts), teams)
     item_ids = np.argsort(team_of_item, kind="stable")
     order_of_item = np.empty(len(item_ids), np.int64)
     order_of_item[item_ids] = np.arange(len(item_ids))
     is_owned = bool(np.bincount(team_of_item, minlength=1).max(initial=0) <= warps)
-    work = _Work.of(cut, parts, team_of_item, order_of_item, (teams, ranks, warps), window, is_owned)
+    work = Work.of(cut, parts, team_of_item, order_of_item, (teams, ranks, warps), window, is_owned)
     warp_table, slots, last = _pieces(work, teams * ranks, warps, is_owned)
     entry_ptr, entries = _entries(work, last, slots, ranks, len(item_ids))
     records = _records(packed, cut, work, last, parts)
@@ -177,152 +175,7 @@ def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: 
                         ranks, work.phases, packed.v, packed.groups, packed.values.dtype, is_owned)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """The 16-column steps of every group: `columns` (steps, 16) are positions in `indices`, -1 for padding."""
-
-    columns: np.ndarray
-    group: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    steps_of_group: np.ndarray
-
-    @classmethod
-    def of(cls, packed: ShflBWMatrix, span: int) -> _Steps:
-        """Consecutive kept columns, 16 a step; groups with steps wider than `span` are cut at its multiples first."""
-        total, counts = len(packed.indices), packed.counts
-        group = np.repeat(np.arange(packed.groups), counts)
-        at = np.arange(total) - packed.indptr[:-1].astype(np.int64)[group]
-        heads = np.flatnonzero(at % 16 == 0)
-        tails = np.append(heads[1:], total)[: len(heads)] - 1
-        too_wide = packed.indices[tails].astype(np.int64) - packed.indices[heads] >= span
-        is_wide = np.zeros(packed.groups, bool)
-        is_wide[group[heads[too_wide]]] = True
-        bins = np.where(is_wide[group], packed.indices // span, 0)
-        starts = np.ones(total, bool)
-        starts[1:] = (group[1:] != group[:-1]) | (bins[1:] != bins[:-1])
-        run_at = np.flatnonzero(starts)
-        run = np.cumsum(starts) - 1
-        run_steps = -(-np.diff(np.append(run_at, total)) // 16)
-        in_run = np.arange(total) - run_at[run] if total else np.zeros(0, np.int64)
-        step = (np.cumsum(run_steps) - run_steps)[run] + in_run // 16 if total else np.zeros(0, np.int64)
-        columns = np.full((int(run_steps.sum()), 16), -1, np.int64)
-        columns[step, in_run % 16] = np.arange(total)
-        last = np.zeros(len(columns), np.int64)
-        np.maximum.at(last, step, packed.indices)
-        step_group = group[columns[:, 0]]
-        return cls(columns, step_group, packed.indices[columns[:, 0]].astype(np.int64), last,
-                   np.bincount(step_group, minlength=packed.groups))  # fmt: skip
-
-
-def _share_items(steps: np.ndarray, teams: int) -> np.ndarray:
-    """Team of each item: longest first, each to the team that has least so far (ties: lowest number)."""
-    team = np.zeros(len(steps), np.int64)
-    heap = [(0, 0, t) for t in range(teams)]  # steps, items, team
-    for item in np.argsort(-steps, kind="stable"):
-        load, items, t = heap[0]
-        team[item] = t
-        heapq.heapreplace(heap, (load + int(steps[item]), items + 1, t))
-    return team
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Every (step, item) pair in its final order: which step, item (in team order), block, warp and phase."""
-
-    step: np.ndarray
-    item: np.ndarray
-    item_id: np.ndarray
-    block: np.ndarray
-    warp: np.ndarray
-    phase: np.ndarray
-    phases: int
-    windows: np.ndarray
-
-    @classmethod
-    def of(cls, cut: _Steps, parts: int, team_of_item: np.ndarray, order_of_item: np.ndarray,
-           counts: tuple[int, int, int], window: int, is_owned: bool) -> _Work:  # fmt: skip
-        teams, ranks, warps = counts
-        step = np.tile(np.arange(len(cut.group)), parts)
-        item_id = cut.group[step] * parts + np.repeat(np.arange(parts), len(cut.group))
-        team = team_of_item[item_id]
-        order = np.lexsort((item_id, cut.first[step], team))
-        step, item_id, team = step[order], item_id[order], team[order]
-        rank, _ = _equal_parts(team, ranks)
-        block = team * ranks + rank
-        phase, phases, windows = _phases(cut, step, block, teams * ranks, window)
-        order = np.lexsort((cut.first[step], order_of_item[item_id], phase, block))
-        step, item_id, block, phase = step[order], item_id[order], block[order], phase[order]
-        if is_owned:
-            warp = _own_items(block, order_of_item[item_id], warps)
-        else:
-            warp, _ = _equal_parts(block * phases + phase, warps)
-        order = np.lexsort((np.arange(len(step)), phase, warp, block))
-        step, item_id, block, phase, warp = step[order], item_id[order], block[order], phase[order], warp[order]
-        return cls(step, order_of_item[item_id], item_id, block, warp, phase, phases, windows)
-
-
-def _equal_parts(key: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """For sorted keys: which of `parts` equal consecutive parts of its key's run each element is in, and the run's start."""
-    _, start, count = np.unique(key, return_index=True, return_counts=True)
-    at = np.arange(len(key)) - np.repeat(start, count)
-    return at * parts // np.maximum(np.repeat(count, count), 1), start
-
-
-def _own_items(block: np.ndarray, item: np.ndarray, warps: int) -> np.ndarray:
-    """Warp of each step (sorted by block, phase and item) when a warp may work on one item only.
-
-    Each item of a block gets a warp, and the next warp always goes to the item whose warps have most steps; an item's
-    steps go to its warps in turns.
-    """
-    if not len(block):
-        return np.zeros(0, np.int64)
-    cells, cell, steps = np.unique(block * (int(item.max()) + 1) + item, return_inverse=True, return_counts=True)
-    block_of = cells // (int(item.max()) + 1)
-    owners, first = np.ones(len(cells), np.int64), np.zeros(len(cells), np.int64)
-    bounds = np.flatnonzero(np.append(np.append(True, block_of[1:] != block_of[:-1]), True))
-    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        for _ in range(warps - (end - begin)):
-            owners[begin + int(np.argmax(steps[begin:end] / owners[begin:end]))] += 1
-        first[begin:end] = np.cumsum(owners[begin:end]) - owners[begin:end]
-    cell = cell.reshape(-1)
-    order = np.argsort(cell, kind="stable")
-    turn = np.empty(len(cell), np.int64)
-    turn[order] = np.arange(len(cell)) - np.repeat(np.cumsum(steps) - steps, steps)
-    return first[cell] + turn % owners[cell]
-
-
-def _phases(cut: _Steps, step: np.ndarray, block: np.ndarray, blocks: int, window: int) -> tuple[np.ndarray, int, np.ndarray]:
-    """Phase of each step (sorted by block and column), their number, and the windows both ways."""
-    first, last = cut.first[step], cut.last[step]
-    low = np.full(blocks, np.iinfo(np.int64).max)
-    np.minimum.at(low, block, first)
-    low = np.where(low == np.iinfo(np.int64).max, 0, low // ALIGN * ALIGN)
-    phases = 1
-    while True:
-        phase, _ = _equal_parts(block, phases)
-        cell = block * phases + phase
-        start = np.full(blocks * phases, np.iinfo(np.int64).max)
-        np.minimum.at(start, cell, first)
-        end = np.zeros(blocks * phases, np.int64)
-        np.maximum.at(end, cell, last + 1)
-        is_empty = end == 0
-        base = np.repeat(low, phases)
-        start = np.where(is_empty, base, base + (start - base) // PHASE_ALIGN * PHASE_ALIGN)
-        rows = np.where(is_empty, 0, end - start)
-        if rows.max(initial=0) <= window:
-            break
-        phases += 1
-    windows = np.zeros((2, blocks, phases, 4), np.uint32)
-    windows[0, :, :, 0] = start.reshape(blocks, phases)
-    windows[0, :, :, 1] = rows.reshape(blocks, phases)
-    windows[1, :, :, 0] = low[:, None]
-    windows[1, :, 0, 1] = np.maximum(end.reshape(blocks, phases).max(axis=1) - low, 0)
-    windows[1, :, :, 2] = (start - base).reshape(blocks, phases)
-    return phase, phases, windows
-
-
-def _pieces(work: _Work, blocks: int, warps: int, is_owned: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pieces(work: Work, blocks: int, warps: int, is_owned: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The warps' table, the slot of each step's piece, and which steps are the last of theirs."""
     n = len(work.step)
     cell = work.block * warps + work.warp
@@ -347,7 +200,7 @@ def _pieces(work: _Work, blocks: int, warps: int, is_owned: bool) -> tuple[np.nd
     return table.reshape(blocks, warps, -1), slot, last
 
 
-def _entries(work: _Work, last: np.ndarray, slot: np.ndarray, ranks: int, items: int) -> tuple[np.ndarray, np.ndarray]:
+def _entries(work: Work, last: np.ndarray, slot: np.ndarray, ranks: int, items: int) -> tuple[np.ndarray, np.ndarray]:
     """CSR of the pieces by item: rank * 65536 + slot, in the order of ranks and slots."""
     item, rank, at = work.item[last], work.block[last] % ranks, slot[last]
     order = np.lexsort((at, rank, item))
@@ -370,7 +223,7 @@ def _team_table(teams_ptr: np.ndarray, entry_ptr: np.ndarray, entries: np.ndarra
     return table
 
 
-def _records(packed: ShflBWMatrix, cut: _Steps, work: _Work, last: np.ndarray, parts: int) -> np.ndarray:
+def _records(packed: ShflBWMatrix, cut: Steps, work: Work, last: np.ndarray, parts: int) -> np.ndarray:
     """Weights in fragment order and column places of every step."""
     n, rows = len(work.step), min(packed.v, 64)
     source = cut.columns[work.step]

@@ -14,7 +14,7 @@ from ..formats.shflbw import ShflBWMatrix
 from .launch import DeviceContext, LoadedKernel
 from .views import torch_stream
 
-__all__ = ["LinearMemo", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul"]
+__all__ = ["FewColumnsMemo", "LinearMemo", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,20 @@ class LinearMemo:
     flags: int
 
 
+@dataclass(frozen=True)
+class FewColumnsMemo:
+    """A product with few columns, in either layout, to a new result: one kernel, or two."""
+
+    context: DeviceContext
+    kernels: tuple[tuple[LoadedKernel, Any], ...]
+    head: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Token and feature strides of x, out and residual, then the two sizes and the words of a team's table."""
+    work_values: int
+    """16-bit values of the workspace; most plans need none."""
+    out_shape: tuple[int, ...]
+
+
 def memo_key(kind: str, x: Any, bias: Any, activation: str | None) -> tuple[Any, ...]:
     """What a memo depends on, for torch tensors."""
     about_bias = None if bias is None else (bias.dtype, bias.shape, bias.stride(), bias.get_device())
@@ -63,12 +77,14 @@ def memo_key(kind: str, x: Any, bias: Any, activation: str | None) -> tuple[Any,
 
 def quick_matmul(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None) -> Any:
     """The product by memo, or None when there is none."""
-    memo: MatmulMemo | None = packed.launch_cache.get(memo_key("matmul", x, bias, activation))
+    memo: MatmulMemo | FewColumnsMemo | None = packed.launch_cache.get(memo_key("matmul", x, bias, activation))
     if memo is None:
         return None
     address = x.data_ptr()
     if address & 15:
         return None
+    if type(memo) is FewColumnsMemo:
+        return _quick_few(memo, x, address, bias)
     out = x.new_empty(memo.out_shape)
     memo.context.launch(
         torch_stream(memo.context.ordinal), memo.launch_config, memo.kernel, *memo.head, address, out.data_ptr(),
@@ -77,14 +93,27 @@ def quick_matmul(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None
     return out
 
 
+def _quick_few(memo: FewColumnsMemo, x: Any, address: int, bias: Any) -> Any:
+    out = x.new_empty(memo.out_shape)
+    work = x.new_empty(memo.work_values) if memo.work_values else None
+    work_at, bias_at = 0 if work is None else work.data_ptr(), 0 if bias is None else bias.data_ptr()
+    stream = torch_stream(memo.context.ordinal)
+    for kernel, launch_config in memo.kernels:
+        memo.context.launch(stream, launch_config, kernel, *memo.head, address, out.data_ptr(), bias_at, 0, work_at,
+                            *memo.strides)  # fmt: skip
+    return out
+
+
 def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None) -> Any:
     """The token-major product by memo, or None when there is none."""
-    memo: LinearMemo | None = packed.launch_cache.get(memo_key("linear", x, bias, activation))
+    memo: LinearMemo | FewColumnsMemo | None = packed.launch_cache.get(memo_key("linear", x, bias, activation))
     if memo is None:
         return None
     address = x.data_ptr()
     if address & 15:
         return None
+    if type(memo) is FewColumnsMemo:
+        return _quick_few(memo, x, address, bias)
     launch, stream = memo.context.launch, torch_stream(memo.context.ordinal)
     turned = x.new_empty((memo.k, memo.ld))
     product = x.new_empty((memo.m, memo.ld))

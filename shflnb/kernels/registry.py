@@ -11,8 +11,9 @@ from dataclasses import replace
 from .config import EPILOGUES, smem_limit
 from .launch import KernelSpec
 from .select import candidates
-from .skinny_plan import RECORDS_IN_FLIGHT_KB, SkinnyConfig, sum_spec, warps_of
+from .skinny_choice import RECORDS_IN_FLIGHT_KB, SkinnyConfig, warps_of
 from .skinny_plan import kernel_spec as skinny_spec
+from .skinny_plan import sum_spec
 from .spmm_device import copy_spec, kernel_spec, transpose_spec
 
 __all__ = ["FAMILIES", "TARGETS", "all_specs", "capability_of"]
@@ -51,9 +52,9 @@ def _few_columns(arch: str) -> Iterator[KernelSpec]:
     for v in (16, 32, 64, 128):
         warps = warps_of(v)
         for chunks in (1, 2, 4, 8):
-            for finish, slots in (("block", "shared"), ("block", "global"), *(
-                (("cluster", "shared"), ("cluster", "global")) if has_clusters else (("none", "global"),)
-            )):  # fmt: skip
+            finishes = [("block", slots) for slots in ("window", "shared", "global")]
+            finishes += [("cluster", slots) for slots in ("window", "shared", "global")] if has_clusters else [("none", "global")]
+            for finish, slots in finishes:
                 for dtype in ("float16", "bfloat16"):
                     for epilogue in EPILOGUES:
                         shallow = SkinnyConfig(

@@ -16,7 +16,7 @@ from typing import Any
 
 from .config import Config, Problem, ceil_div, smem_limit
 
-__all__ = ["Choice", "candidates", "choose", "predict_us", "roof_us", "sweep_of", "table_key", "tuned_table"]
+__all__ = ["FEW_COLUMNS", "Choice", "candidates", "choose", "has_few_columns", "predict_us", "roof_us", "sweep_of", "table_key", "tuned_table"]
 
 STAGE_US = -0.09  # an intercept: valid for stages of 20 KiB and more, which all of them are
 US_PER_KB = 0.0155
@@ -45,6 +45,8 @@ _SM80_TILES = {
     16: ((256, 32, 4, 2), (128, 32, 4, 4), (64, 32, 4, 4)),
 }
 
+FEW_COLUMNS = 16  # up to here the few-column kernel is taken
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -53,6 +55,11 @@ class Choice:
     config: Config
     reason: str
     predicted_us: float
+
+
+def has_few_columns(n: int) -> bool:
+    """Whether n columns go to the kernel that is bound by the bytes of the weights (`skinny_mma.py`), not to a tile of these."""
+    return n <= FEW_COLUMNS
 
 
 def candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:

@@ -1,5 +1,7 @@
 """The product on CUDA arrays: check, choose, launch. What `shflnb.ops` hands device arrays to.
 
+Few columns go to `skinny_plan.py`, which reads and writes any strides. The rest of this text is about more of them:
+
 `matmul` works feature-major: x (k, n) and out (m, n), n contiguous. `linear` turns token-major arrays with a transpose
 kernel before and after, and passes feature-major views (strides (1, tokens)) through untouched. Arrays that are not
 16-byte aligned along n are copied into an aligned workspace first: k * n values, from the caller's own allocator.
@@ -21,10 +23,11 @@ from ..formats.layout import KernelLayout, to_mma, to_wgmma
 from ..formats.shflbw import ShflBWMatrix
 from .config import Config, Problem, ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel, device_context
-from .memo import LinearMemo, MatmulMemo, memo_key, quick_linear, quick_matmul
+from .memo import FewColumnsMemo, LinearMemo, MatmulMemo, memo_key, quick_linear, quick_matmul
 from .queue import tile_queue
 from .remembered import load as remembered_entries
-from .select import Choice, choose, sweep_of
+from .select import Choice, choose, has_few_columns, sweep_of
+from .skinny_plan import out_flags, run_skinny, x_flags
 from .views import DeviceView, current_stream, device_view, new_matrix
 
 __all__ = ["copy_spec", "device_linear", "device_matmul", "kernel_spec", "plan_for", "problem_of", "transpose_spec"]
@@ -340,6 +343,11 @@ def device_matmul(
     if m == 0 or n == 0:
         return result
     call = _Call(packed, x, view)
+    if config is None and has_few_columns(n):
+        memo = _run_few(call, rows, out_rows, n, bias_at, res_rows, activation, out_shape)
+        if quick:
+            packed.launch_cache[memo_key("matmul", x, bias, activation)] = memo
+        return result
     keep_x, ldx = _run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
     if quick and keep_x is None:
         plan = call.plan(n, activation, bias_at, (0, 0), None)
@@ -347,6 +355,25 @@ def device_matmul(
         memo = MatmulMemo(call.context, plan.kernel, plan.launch_config, plan.head, n, ldx, out_shape, flags)
         packed.launch_cache[memo_key("matmul", x, bias, activation)] = memo
     return result
+
+
+def _run_few(call: _Call, x: Any, out: Any, n: int, bias: tuple[int, int], residual: Any, activation: str | None,
+             out_shape: tuple[int, ...]) -> FewColumnsMemo:  # fmt: skip
+    """The product with few columns between checked operands, (address, features, tokens, feature stride, token stride) each.
+
+    The memo is for an x and a result of these strides at aligned addresses, without residual.
+    """
+    k = call.packed.shape[1]
+    added = (0, 0, 0) if residual is None else (residual[0], residual[4], residual[3])
+    plan = run_skinny(call, x[0], x[4], x[3], n, out[0], out[4], out[3], bias, added, activation)
+    flags = bias[1] | x_flags(0, x[4], x[3], n) | out_flags(0, out[4], out[3])
+    strides = (x[4], x[3], out[4], out[3], 0, 0, n | flags << 16 | k << 32, *plan.tail)
+    return FewColumnsMemo(call.context, plan.kernels, plan.head, strides, plan.work_bytes // 2, out_shape)
+
+
+def _turned(rows: Any) -> Any:
+    """(address, features, tokens, feature stride, token stride) of a token-major `_rows`; None for None."""
+    return None if rows is None else (rows[0], rows[2], rows[1], rows[4], rows[3])
 
 
 def _needs_gradient(x: Any, bias: Any) -> bool:
@@ -467,7 +494,11 @@ def device_linear(
         else:
             out_flat = new_matrix(n, m, flat, packed.dtype)
         out_at = _rows(device_view(out_flat, what="out"))
-    if m and n:
+    if m and n and config is None and has_few_columns(n):
+        memo = _run_few(call, _turned(_rows(view)), _turned(out_at), n, bias_at, _turned(res), activation, (*lead, m))
+        if quick and (len(shape) == 2 or x.is_contiguous()):
+            packed.launch_cache[memo_key("linear", x, bias, activation)] = memo
+    elif m and n:
         _run_linear(call, view, n, out_at, bias_at, res, activation, config)
         if quick and x.is_contiguous() and min(m, n, k) > 1:
             packed.launch_cache[memo_key("linear", x, bias, activation)] = _linear_memo(call, n, (*lead, m), bias_at, activation)

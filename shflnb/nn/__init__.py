@@ -1,15 +1,11 @@
 """PyTorch: sparse layers, whole models, forecasts and fine-tuning. The only part of shflnb that imports torch.
 
-    report = shflnb.sparsify_(model, 0.75, (64, 64), example_inputs=x)      # prune, pack, measure, replace
-    report.print()
-    forecast = shflnb.estimate(model, x)                                    # the same table before pruning
-
-    layer = shflnb.nn.ShflLinear.from_dense(linear, sparsity=0.75)          # one layer
-    preparation = shflnb.nn.prepare(model, 0.75, steps=1000)                # masks, for fine-tuning
+`sparsify_` makes a model sparse in place and reports on every layer; `estimate` is the same table before any pruning;
+`ShflLinear` is one sparse layer; `prepare` and `finalize` stand around a training loop. Start with `docs/pytorch.md`.
 """
 
 try:
-    import torch as _torch
+    import torch as _torch  # noqa: F401 (only to say what is missing)
 except ImportError as error:
     from ..errors import MissingDependencyError
 

@@ -15,10 +15,11 @@ from ..errors import ArgumentError, ShflnbError
 from ..formats import ShflBWMatrix, pack
 from ..patterns import prune, score_matrix, share_budget
 from .calibrate import input_norms
-from .decide import Facts, Options, Timer, Times, decide, random_layer, sparsity_of
-from .eligible import Candidate, FilterFn, find_layers, replace_module
+from .decide import Options, Timer, Times, decide, sparsity_of
+from .eligible import Candidate, FilterFn, find_layers, replace_module, turn_off_fast_paths
+from .facts import compute_dtype, facts_of, stand_in, unsupported
 from .hf import attach, is_pretrained
-from .measure import device_name, call_us
+from .measure import call_us, device_name
 from .modules import SharedInput, ShflLinear
 from .observe import Observation, call_model, evaluation, observe
 from .planner import Plan, components, plan
@@ -27,6 +28,8 @@ from .report import LayerReport, Report
 __all__ = ["sparsify_"]
 
 Progress = Callable[[str, int, int], None]
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")  # fmt: skip
 
 
 def sparsify_(
@@ -52,9 +55,9 @@ def sparsify_(
 ) -> Report:
     """Make the linear layers of a model sparse, in place, where that makes them faster.
 
-    Each layer is pruned to the Shfl-BW pattern, packed, timed against the dense layer on its own device, and replaced by a
-    `ShflLinear` if it is faster. One group of layers that belong together is handled at a time and its dense weights are
-    given up before the next, so a model that is larger than memory (mapped from a file) goes through.
+    Each layer is pruned to the Shfl-BW pattern, packed, timed against the dense layer on its own device, and replaced
+    by a `ShflLinear` if it is faster. One group of layers that belong together is handled at a time and its dense
+    weights are given up before the next, so a model that is larger than memory (mapped from a file) goes through.
 
     Parameters
     ----------
@@ -64,14 +67,14 @@ def sparsify_(
         Part of each weight to remove; in a mapping the first entry that fits counts, "default" is for the rest.
     block : (v, tile_k)
     score, search, budget, seed, quality
-        As in `shflnb.prune`. score="activation" needs `calibration`. Besides "layer" and "group" the budget may be "model":
-        `sparsity` then holds for all layers together (with a mapping, for those of one entry) and each layer's share is
-        found by one threshold; this needs the scores of all layers at once, in float32.
+        As in `shflnb.prune`. score="activation" needs `calibration`. Besides "layer" and "group" the budget may be
+        "model": `sparsity` then holds for all layers together (with a mapping, for those of one entry) and each
+        layer's share is found by one threshold; this needs the scores of all layers at once, in float32.
     calibration : iterable of inputs, optional
         Each like `example_inputs`; the norms of what goes into each layer weigh its columns.
     example_inputs : tensor, tuple or mapping, optional
-        Arguments of one forward pass (`model(x)`, `model(*args)`, `model(**kwargs)`) of the size that will be used. Without
-        them the layers are timed at `tokens` tokens each, layouts are not planned and nothing is fused.
+        Arguments of one forward pass (`model(x)`, `model(*args)`, `model(**kwargs)`) of the size that will be used.
+        Without them the layers are timed at `tokens` tokens each, layouts are not planned and nothing is fused.
     filter_fn : callable (name, module) -> True, False or None
         True takes a layer in against the rules for heads and subclasses, False leaves it out.
     ignore : list of names and "re:" patterns
@@ -116,7 +119,9 @@ def sparsify_(
     if activation_aware and calibration is None:
         raise ArgumentError('score="activation" needs calibration=, an iterable of inputs of the model')
     if calibration is not None and not activation_aware:
-        raise ArgumentError(f'calibration is given, but score is {score!r}, which does not use it; pass score="activation"')
+        raise ArgumentError(
+            f'calibration is given, but score is {score!r}, which does not use it; pass score="activation"'
+        )
     work = _Work(model, options, find_layers(model, options.block, ignore=options.ignore, filter_fn=filter_fn))
     work.watch(example_inputs)
     if calibration is not None:
@@ -207,7 +212,9 @@ class _Work:
         """One threshold for all layers of one asked sparsity: how sparse each of them shall be."""
         score = self.options.prune["score"]
         if not isinstance(score, str):
-            raise ArgumentError("budget='model' compares the scores of different layers; name a score, such as 'magnitude'")
+            raise ArgumentError(
+                "budget='model' compares the scores of different layers; name a score, such as 'magnitude'"
+            )
         for asked in sorted({self.sparsities[name] for name in self.names}):
             scores = {}
             for name in (name for name in self.names if self.sparsities[name] == asked):
@@ -231,7 +238,7 @@ class _Work:
         with evaluation(self.model, keep_fast_path=True):
             return call_us([lambda: call_model(self.model, example_inputs)], device, self.options.timing)
 
-    # -- layer by layer --------------------------------------------------------------------------------------------------
+    # -- layer by layer -----------------------------------------------------------------------------------------------
 
     def run(self, progress: Progress) -> None:
         """Decide on random patterns first; then prune what is worth it, group by group, and decide on the real ones."""
@@ -255,7 +262,7 @@ class _Work:
 
         def measure(name: str, layout: Plan) -> Times:
             facts = facts_of(self.model.get_submodule(name))
-            layer = stand_in(facts, self.options, self.sparsities[name], stand_ins)
+            layer = stand_in(facts, self.options.block, self.sparsities[name], stand_ins)
             return self.timer.times(name, facts, layer, self.seen.tokens(name), layout)
 
         _, times = decide(self.seen, set(self.names), self.options, measure)
@@ -282,13 +289,14 @@ class _Work:
         try:
             packed, retained = self._packed(name, linear.weight.detach())
         except ShflnbError as error:
-            raise type(error)(f"layer {name}: {error} ({len(self.done)} layers before it are sparse already)") from error
+            raise type(error)(
+                f"layer {name}: {error} ({len(self.done)} layers before it are sparse already)"
+            ) from error
         layer = ShflLinear.from_packed(
             packed, linear.bias, device=linear.weight.device, name=name, requires_grad=linear.weight.requires_grad
         )
         layer.training = linear.training
-        for hooks in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-                      "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"):  # fmt: skip
+        for hooks in _HOOKS:
             setattr(layer, hooks, getattr(linear, hooks))
         self.rows[name] = LayerReport(
             name, "ShflLinear", (layer.out_features, layer.in_features), "sparse", "", retained=retained,
@@ -342,7 +350,7 @@ class _Work:
         self.fused = dict(layout.fused)
         turn_off_fast_paths(self.model)
 
-    # -- the report ------------------------------------------------------------------------------------------------------
+    # -- the report ---------------------------------------------------------------------------------------------------
 
     def _sparse_row(self, name: str, times: Times) -> None:
         row = self.rows[name]
@@ -376,51 +384,6 @@ class _Work:
             "sparsified", rows, device_name(parameter.device), str(compute_dtype(parameter))[6:],
             self.options.timing, options=self.options.record(),
         )  # fmt: skip
-
-
-def facts_of(linear: nn.Module) -> Facts:
-    """The tensors of a dense layer and the dtype it computes in."""
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor), "a layer that find_layers let through"
-    return Facts(weight.detach(), linear.bias, compute_dtype(weight))
-
-
-def compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype the product runs in: that of the weight, or the autocast dtype."""
-    device = weight.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
-def unsupported(linear: nn.Module) -> str | None:
-    """Why the kernels of the layer's device do not take its dtype, or None."""
-    dtype = compute_dtype(linear.weight)
-    if linear.weight.is_cuda and dtype not in (torch.float16, torch.bfloat16):
-        return f"{str(dtype)[6:]} on a GPU: the kernels take float16 and bfloat16; convert the model or sparsify under autocast"
-    return None
-
-
-def stand_in(
-    facts: Facts, options: Options, sparsity: float, known: dict[tuple[Any, ...], ShflLinear]
-) -> ShflLinear:
-    """A random packed layer of the same shape, one for all layers that are alike."""
-    m, k = facts.weight.shape
-    key = (m, k, sparsity, facts.dtype, facts.weight.device, facts.bias is not None)
-    if key not in known:
-        known[key] = random_layer(
-            (m, k), options, sparsity, bias=facts.bias is not None, dtype=facts.dtype, device=facts.weight.device
-        )
-    return known[key]
-
-
-def turn_off_fast_paths(model: nn.Module) -> None:
-    """Keep torch's fused encoder from reading `linear1.weight` past the sparse layer that stands there."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(c, ShflLinear) for c in module.children()):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(c, ShflLinear) for c in module.modules()):
-            module.use_nested_tensor = False
 
 
 def _layout_text(name: str, layout: Plan) -> str:

@@ -7,21 +7,17 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
 from ..errors import ArgumentError
-from ..formats import ShflBWMatrix
 from ..formats.shflbw import check_block
-from ..patterns.columns import rounding_step
 from .eligible import FilterFn, check_patterns, matches
-from .measure import TIMINGS, dense_call, call_us, sparse_call, transpose_us
+from .facts import Facts
+from .measure import TIMINGS, call_us, dense_call, sparse_call, transpose_us
 from .modules import SHARE_ON, ShflLinear
 from .observe import Observation
 from .op import FEW_TOKENS
 from .planner import Plan, plan
 
-__all__ = ["POLICIES", "Facts", "Options", "Times", "Timer", "decide", "random_layer", "sparsity_of"]
+__all__ = ["POLICIES", "Options", "Timer", "Times", "decide", "sparsity_of"]
 
 POLICIES = ("never_slower", "always")
 MARGIN = 0.98
@@ -47,10 +43,12 @@ class Options:
         wanted = self.sparsity.values() if isinstance(self.sparsity, Mapping) else (self.sparsity,)
         for value in wanted:
             if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-                raise ArgumentError(f"sparsity is {value!r}; needed is a fraction from 0 (keep all) to 1 (keep nothing)")
-        for name, value, allowed in (("policy", self.policy, POLICIES), ("timing", self.timing, TIMINGS)):
-            if value not in allowed:
-                raise ArgumentError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+                raise ArgumentError(
+                    f"sparsity is {value!r}; needed is a fraction from 0 (keep all) to 1 (keep nothing)"
+                )
+        for name, choice, allowed in (("policy", self.policy, POLICIES), ("timing", self.timing, TIMINGS)):
+            if choice not in allowed:
+                raise ArgumentError(f"{name} is {choice!r}; expected one of {', '.join(allowed)}")
         if self.tokens < 1:
             raise ArgumentError(f"tokens is {self.tokens}; expected at least 1")
 
@@ -59,7 +57,7 @@ class Options:
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity
         return {
             "sparsity": sparsity, "block": list(self.block), "policy": self.policy, "fuse": self.fuse,
-            "ignore": list(self.ignore), **{key: value for key, value in self.prune.items() if isinstance(value, (str, int))},
+            "ignore": list(self.ignore), **{key: v for key, v in self.prune.items() if isinstance(v, (str, int))},
         }  # fmt: skip
 
 
@@ -73,15 +71,6 @@ def sparsity_of(name: str, options: Options, names: Set[str] | None = None) -> f
         if pattern != "default" and matches(name, pattern):
             return float(value)
     return float(options.sparsity.get("default", 0.75))
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What measuring needs to know of a layer: dense tensors (real ones or stand-ins) and the dtype it computes in."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -156,8 +145,8 @@ def decide(
 ) -> tuple[Plan, dict[str, Times]]:
     """Choose which of the layers `names` become sparse.
 
-    Dropping a layer can only take layouts away from the others, so the set shrinks to the largest one in which no layer is
-    slower than dense.
+    Dropping a layer can only take layouts away from the others, so the set shrinks to the largest one in which no
+    layer is slower than dense.
 
     Parameters
     ----------
@@ -182,31 +171,3 @@ def decide(
         if options.policy == "always" or not worse:
             return layout, times
         sparse -= worse
-
-
-def random_layer(
-    shape: tuple[int, int], options: Options, sparsity: float, *, bias: bool, dtype: torch.dtype, device: torch.device,
-    seed: int = 0,
-) -> ShflLinear:  # fmt: skip
-    """A packed layer with random rows and columns and groups as equal as `tile_k` allows: stands for one not yet pruned."""
-    (m, k), (v, tile_k) = shape, options.block
-    rng = np.random.default_rng(seed)
-    groups = -(-m // v)
-    step = rounding_step(k, tile_k, 1.0 - sparsity)
-    steps = min(int((1.0 - sparsity) * k * groups * (1 + 1e-9) / step), groups * -(-k // step))
-    counts = np.full(groups, steps // max(1, groups))
-    counts[: steps % max(1, groups)] += 1
-    counts = np.full(groups, k) if sparsity == 0.0 else np.minimum(counts * step, k)
-    indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-    indices = np.empty(indptr[-1], dtype=np.int32)
-    for g in range(groups):
-        indices[indptr[g] : indptr[g + 1]] = np.sort(rng.permutation(k)[: counts[g]])
-    values = np.zeros((len(indices), v), dtype=np.float32)
-    empty = ShflBWMatrix((m, k), options.block, indptr, indices, values, rng.permutation(m).astype(np.int32))
-    layer = ShflLinear.from_packed(empty, torch.zeros(m) if bias else None, device=device, requires_grad=False)
-    layer = layer.to(dtype)
-    # The places of rows that the last group does not have stay zero.
-    last = int(indptr[-2]) if m % v and groups else len(indices)
-    with torch.no_grad():
-        layer.values[:last].normal_(std=k**-0.5)
-    return layer

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from ..errors import ArgumentError
 from .modules import ShflLinear
 
-__all__ = ["Candidate", "FilterFn", "find_layers", "matches", "replace_module"]
+__all__ = ["Candidate", "FilterFn", "find_layers", "matches", "replace_module", "turn_off_fast_paths"]
 
 FilterFn = Callable[[str, nn.Module], "bool | None"]
 
@@ -48,11 +48,11 @@ def find_layers(
     model : torch.nn.Module
     block : (v, tile_k)
     ignore : names or "re:" patterns
-        A name leaves out that module and everything below it; "re:expression" whatever names the expression matches from
-        the start (`re.match`). A name or pattern that matches nothing is refused.
+        A name leaves out that module and everything below it; "re:expression" whatever names the expression matches
+        from the start (`re.match`). A name or pattern that matches nothing is refused.
     filter_fn : callable (name, module) -> True, False or None
-        True takes a layer in although it is a head or tied or a subclass of `nn.Linear`, False leaves it out, None leaves
-        it to the rules.
+        True takes a layer in although it is a head or tied or a subclass of `nn.Linear`, False leaves it out, None
+        leaves it to the rules.
 
     Raises
     ------
@@ -107,6 +107,15 @@ def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) ->
         setattr(model.get_submodule(parent), child, module)
 
 
+def turn_off_fast_paths(model: nn.Module) -> None:
+    """Keep torch's fused encoder from reading `linear1.weight` past the sparse layer that stands there."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(c, ShflLinear) for c in module.children()):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(c, ShflLinear) for c in module.modules()):
+            module.use_nested_tensor = False
+
+
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -126,7 +135,7 @@ def _owners(names: dict[nn.Module, list[str]]) -> dict[int, list[tuple[str, nn.M
 
 def _shape(module: nn.Module, weight: torch.Tensor | None) -> tuple[int, int] | None:
     if isinstance(module, (ShflLinear, nn.Linear)):
-        return module.out_features, module.in_features
+        return int(module.out_features), int(module.in_features)
     if weight is None:
         return None
     return weight.shape[0], weight[0].numel()
@@ -162,7 +171,11 @@ def _hard_reason(
         return "it is the model itself, which cannot be replaced in place: use ShflLinear.from_dense"
     if parametrize.is_parametrized(module):
         on = ", ".join(type(p).__name__ for group in module.parametrizations.values() for p in group)
-        hint = "call finalize() first" if "ShflMask" in on else "call torch.nn.utils.parametrize.remove_parametrizations first"
+        hint = (
+            "call finalize() first"
+            if "ShflMask" in on
+            else "call torch.nn.utils.parametrize.remove_parametrizations first"
+        )
         return f"parametrised ({on}): {hint}"
     for name in names:
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -173,7 +186,8 @@ def _hard_reason(
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if type(module) is not nn.Linear and not forced:
-        return f"a subclass of nn.Linear ({type(module).__name__}), which may compute something else; filter_fn can take it in"
+        kind = type(module).__name__
+        return f"a subclass of nn.Linear ({kind}), which may compute something else; filter_fn can take it in"
     if any(getattr(hook, "__module__", "").startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()):
         return "a hook of torch.nn.utils rewrites its weight; remove it first"
     m, k = module.out_features, module.in_features
@@ -198,8 +212,9 @@ def _soft_reason(
         return "output head (get_output_embeddings)"
     if any(name.rpartition(".")[2] in _HEAD_NAMES for name in names):
         return f"output head (named {names[0].rpartition('.')[2]})"
-    if module.out_features == _vocabulary(model) and module is _last_linear(model):
-        return f"output head (last layer, {module.out_features} rows as the vocabulary has entries)"
+    rows = len(module.weight)
+    if rows == _vocabulary(model) and module is _last_linear(model):
+        return f"output head (last layer, {rows} rows as the vocabulary has entries)"
     return None
 
 

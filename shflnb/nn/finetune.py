@@ -1,8 +1,9 @@
 """Fine-tuning towards the pattern: `prepare` -> train -> `finalize`.
 
-`prepare` puts a mask on each weight as a parametrisation, so the training loop, the optimiser and the losses stay as they
-are. `step()` after each optimiser step lets the sparsity rise on a cubic curve and searches the masks anew now and then;
-what is masked keeps its last value and may come back at the next search. `finalize` packs what the last masks keep.
+`prepare` puts a mask on each weight as a parametrisation, so the training loop, the optimiser and the losses stay as
+they are. `step()` after each optimiser step lets the sparsity rise on a cubic curve and searches the masks anew now
+and then; what is masked keeps its last value and may come back at the next search. `finalize` packs what the last
+masks keep.
 """
 
 from __future__ import annotations
@@ -69,7 +70,14 @@ class Preparation:
     """A model with masks on its weights, and the schedule they follow. Made by `prepare`."""
 
     def __init__(
-        self, model: nn.Module, layers: dict[str, ShflMask], options: Options, *, steps: int, every: int, hysteresis: float
+        self,
+        model: nn.Module,
+        layers: dict[str, ShflMask],
+        options: Options,
+        *,
+        steps: int,
+        every: int,
+        hysteresis: float,
     ) -> None:
         self.model, self.layers, self.options = model, layers, options
         self.steps, self.every, self.hysteresis = steps, every, hysteresis
@@ -81,7 +89,7 @@ class Preparation:
         return cubic_sparsity(self.done, start=0, end=self.steps, final=1.0) if self.steps else 1.0
 
     def step(self) -> bool:
-        """Count one optimiser step; every `every` steps, and at the last, search the masks anew. Returns whether it did."""
+        """Count one optimiser step; search the masks anew every `every` steps and at the last. Whether it did."""
         self.done += 1
         due = self.done <= self.steps and (self.done % self.every == 0 or self.done == self.steps)
         if due:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from .convert import compute_dtype, facts_of, stand_in, unsupported
-from .decide import Facts, Options, Timer, Times, decide, sparsity_of
+from .decide import Options, Timer, Times, decide, sparsity_of
 from .eligible import FilterFn, find_layers
-from .measure import device_name, call_us
+from .facts import Facts, compute_dtype, facts_of, stand_in, unsupported
+from .measure import call_us, device_name
 from .modules import ShflLinear
 from .observe import Observation, call_model, evaluation, observe
 from .planner import Plan
@@ -39,7 +39,8 @@ def estimate(
 ) -> Report:
     """What `sparsify_` would gain, layer by layer, before the work of pruning. The model is not changed.
 
-    The dense layers are timed as they are, the sparse ones with random patterns of the same size in the planned layouts.
+    The dense layers are timed as they are, the sparse ones with random patterns of the same size in the planned
+    layouts.
 
     Parameters
     ----------
@@ -50,8 +51,8 @@ def estimate(
     sparsity, block, filter_fn, ignore, policy, timing, fuse
         As in `sparsify_`.
     device : torch.device, str or None
-        Where to measure; default the model's device. The name of a GPU that is not there ("H200") gives a prediction from
-        its measured rates instead, and the report says so.
+        Where to measure; default the model's device. The name of a GPU that is not there ("H200") gives a prediction
+        from its measured rates instead, and the report says so.
     dtype : torch.dtype, optional
         Dtype to measure in; default that of the weights, or the autocast dtype. For a prediction 16-bit.
 
@@ -81,7 +82,9 @@ def estimate(
     seen = observe(model, example_inputs, {model.get_submodule(name): name for name in names})
     place = _place(model, device)
     asker = (
-        _Predictor(model, seen, options, place) if isinstance(place, Gpu) else _Meter(model, seen, options, place, dtype)
+        _Predictor(model, seen, options, place)
+        if isinstance(place, Gpu)
+        else _Meter(model, seen, options, place, dtype)
     )
     reasons = {c.name: c.reason for c in found}
     for name in sorted(names):
@@ -153,7 +156,10 @@ class _Meter:
     def refuses(self, name: str) -> str | None:
         """Why the layer cannot be sparse on this device."""
         linear = self.model.get_submodule(name)
-        if self.place.type == "cuda" and (self.wanted or compute_dtype(linear.weight)) in (torch.float16, torch.bfloat16):
+        if self.place.type == "cuda" and (self.wanted or compute_dtype(linear.weight)) in (
+            torch.float16,
+            torch.bfloat16,
+        ):
             return None
         return unsupported(linear) if linear.weight.device.type == self.place.type else self._unsupported_there()
 
@@ -179,7 +185,7 @@ class _Meter:
     def times(self, name: str, layout: Plan) -> Times:
         """Times of the layer as the plan has it."""
         facts = self.facts(name)
-        layer = stand_in(facts, self.options, sparsity_of(name, self.options), self.stand_ins)
+        layer = stand_in(facts, self.options.block, sparsity_of(name, self.options), self.stand_ins)
         return self.timer.times(name, facts, layer, self.seen.tokens(name), layout)
 
     def model_us(self, example_inputs: Any) -> float | None:

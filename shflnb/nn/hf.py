@@ -64,7 +64,9 @@ def restore_layers(model: nn.Module, records: dict[str, dict[str, Any]], identit
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the saved config does not describe layer {name!r} of this model: {error}") from error
         if not isinstance(linear, nn.Linear) or not 0 <= kept <= linear.in_features * -(-linear.out_features // v):
-            raise FormatError(f"the saved config makes {name!r} sparse with {kept} kept columns; the model has {linear} there")
+            raise FormatError(
+                f"the saved config makes {name!r} sparse with {kept} kept columns; the model has {linear} there"
+            )
         layer = ShflLinear(
             linear.in_features, linear.out_features, linear.bias is not None, block=(v, tile_k), activation=activation,
             device=linear.weight.device, dtype=linear.weight.dtype,
@@ -112,7 +114,9 @@ def register() -> dict[str, Any]:
         from transformers.quantizers.auto import register_quantization_config, register_quantizer
         from transformers.utils.quantization_config import QuantizationConfigMixin
     except ImportError as error:
-        raise MissingDependencyError("saving a Hugging Face model needs transformers; pip install transformers") from error
+        raise MissingDependencyError(
+            "saving a Hugging Face model needs transformers; pip install transformers"
+        ) from error
 
     class ShflConfig(QuantizationConfigMixin):
         """Sparse layers of a saved model: block, kept columns, activation and layout of each, by name."""
@@ -122,7 +126,9 @@ def register() -> dict[str, Any]:
             **unused: Any,
         ) -> None:  # fmt: skip
             if format != _FORMAT:
-                raise FormatError(f"the model was saved in format {format}; this shflnb reads {_FORMAT}: upgrade shflnb")
+                raise FormatError(
+                    f"the model was saved in format {format}; this shflnb reads {_FORMAT}: upgrade shflnb"
+                )
             self.quant_method = METHOD
             self.format = format
             self.layers = layers or {}
@@ -134,7 +140,7 @@ def register() -> dict[str, Any]:
         requires_calibration = True
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            config = self.quantization_config
+            config: Any = self.quantization_config
             restore_layers(model, config.layers, config.identities)
             return model
 

@@ -3,8 +3,8 @@
     token-major    strides (..., features, 1): what `torch.nn.Linear` makes
     feature-major  strides (..., 1, tokens):   `(features, tokens)` in memory, what the kernels eat and produce
 
-As with channels_last for images, a tensor keeps its order through bias, GELU, dropout and every other elementwise module,
-so layers that follow each other hand the feature-major tensor on without a transpose.
+As with channels_last for images, a tensor keeps its order through bias, GELU, dropout and every other elementwise
+module, so layers that follow each other hand the feature-major tensor on without a transpose.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def is_feature_major(x: torch.Tensor) -> bool:
     Examples
     --------
     >>> import torch
-    >>> is_feature_major(torch.zeros(8, 3).T), is_feature_major(torch.zeros(3, 8)), is_feature_major(torch.zeros(8, 1).T)
-    (True, False, False)
+    >>> [is_feature_major(x) for x in (torch.zeros(8, 3).T, torch.zeros(3, 8), torch.zeros(8, 1).T)]
+    [True, False, False]
     """
     if x.dim() < 2 or x.is_contiguous():
         return False
@@ -33,8 +33,8 @@ def is_feature_major(x: torch.Tensor) -> bool:
 def to_feature_major(x: torch.Tensor) -> torch.Tensor:
     """`x` with the same shape and values, feature-major in memory; `x` itself if it is so already. Differentiable.
 
-    Written in ATen operations on purpose: under `torch.compile` the copies of one tensor that several layers read become
-    one, fused with what made the tensor.
+    Written in ATen operations on purpose: under `torch.compile` the copies of one tensor that several layers read
+    become one, fused with what made the tensor.
     """
     if x.dim() < 2:
         return x

@@ -3,8 +3,8 @@
     timing="eager"   a loop of calls: what Python, torch and the kernel cost together, whichever is longest
     timing="graph"   replays of a CUDA graph: the kernels alone
 
-A small weight that is multiplied again and again stays in the cache, which it does not do between two passes of a model.
-So for few tokens the calls rotate over copies of the layer that together exceed the cache.
+A small weight that is multiplied again and again stays in the cache, which it does not do between two passes of a
+model. So for few tokens the calls rotate over copies of the layer that together exceed the cache.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """ "NVIDIA H200", or "CPU, 2 threads"."""
+    """What the device is called: "NVIDIA H200", or "CPU, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
@@ -130,7 +130,9 @@ def _copies(n: int, nbytes: int, device: torch.device) -> int:
 def dense_call(
     weight: torch.Tensor, bias: torch.Tensor | None, n: int, dtype: torch.dtype, activation: str | None = None
 ) -> list[Callable[[], Any]]:
-    """Calls of the dense layer on `n` tokens, token-major as in the dense model, with the activation that would be fused."""
+    """Calls of the dense layer on `n` tokens, token-major as in the dense model, with the activation that would be
+    fused.
+    """
     weight = weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
     x = _input(n, weight.shape[1], weight, dtype)

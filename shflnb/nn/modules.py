@@ -21,7 +21,8 @@ from .op import ACTIVATIONS, FEW_TOKENS, activate, dense_weight, packed_linear, 
 __all__ = ["SharedInput", "ShflLinear"]
 
 SHARE_ON = {"cuda"}
-"""Devices whose kernels want feature-major input; the CPU has a kernel for either order and needs no shared transpose."""
+"""Devices whose kernels want feature-major input; the CPU has a kernel for either order and needs no shared transpose.
+"""
 _FORM = ("in_features", "out_features", "v", "tile_k", "activation")
 _ACTIVATION_MODULES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -29,8 +30,8 @@ _ACTIVATION_MODULES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 class ShflLinear(nn.Module):
     """`act(x @ W.T + bias)` with a packed W: (..., in_features) -> (..., out_features).
 
-    Made by `ShflLinear.from_dense`, `ShflLinear.from_packed` or `shflnb.sparsify_`; the constructor makes an empty layer
-    (W = 0) for `load_state_dict` to fill, whatever number of columns the saved layer keeps.
+    Made by `ShflLinear.from_dense`, `ShflLinear.from_packed` or `shflnb.sparsify_`; the constructor makes an empty
+    layer (W = 0) for `load_state_dict` to fill, whatever number of columns the saved layer keeps.
 
     Parameters
     ----------
@@ -50,7 +51,8 @@ class ShflLinear(nn.Module):
     indices, indptr, row_perm : buffers, int32, int64, int32
         As in `shflnb.ShflBWMatrix`.
     form : buffer, int64 (5,)
-        in_features, out_features, v, tile_k and the number of the activation: `state_dict` describes the layer completely.
+        in_features, out_features, v, tile_k and the number of the activation: `state_dict` describes the layer
+        completely.
     bias : Parameter (out_features,) or None
     layout : "same", "token" or "feature"
         Order of the result in memory; set by the planner of `sparsify_`. Values do not depend on it.
@@ -65,6 +67,11 @@ class ShflLinear(nn.Module):
     >>> layer(torch.zeros(3, 256)).shape
     torch.Size([3, 128])
     """
+
+    indices: torch.Tensor
+    indptr: torch.Tensor
+    row_perm: torch.Tensor
+    form: torch.Tensor
 
     def __init__(
         self,
@@ -93,7 +100,7 @@ class ShflLinear(nn.Module):
         self.register_buffer("row_perm", torch.arange(out_features, dtype=torch.int32, device=device))
         self.register_buffer("form", torch.tensor(self._form(), dtype=torch.int64, device=device))
 
-    # -- ways to build it ------------------------------------------------------------------------------------------------
+    # -- ways to build it ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_dense(
@@ -161,13 +168,13 @@ class ShflLinear(nn.Module):
         return layer
 
     def to_packed(self) -> ShflBWMatrix:
-        """The weight as a `ShflBWMatrix` on the host (a copy), for `shflnb.save`, `shflnb.explain` and the array calls."""
+        """The weight as a `ShflBWMatrix` on the host (a copy), for `shflnb.save` and the array calls."""
         fields = {field: np.array(host_array(getattr(self, field)), order="C")
                   for field in ("indptr", "indices", "values", "row_perm")}  # fmt: skip
         return ShflBWMatrix((self.out_features, self.in_features), self.block, **fields)
 
     def to_dense(self) -> nn.Module:
-        """A `torch.nn.Linear` with the same weights (pruned places are 0), followed by the activation if there is one."""
+        """A `torch.nn.Linear` with the same weights (pruned places are 0), followed by the activation, if any."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.dense_weight().detach(), requires_grad=self.values.requires_grad)
         if self.bias is not None:
@@ -183,13 +190,13 @@ class ShflLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """`dense_weight()`, for code that reads `layer.weight`; built anew every time, which a warning says once."""
         warnings.warn(
-            f"{self.name or 'a ShflLinear'}: .weight builds the dense matrix each time it is read; where only dtype or device "
-            "is wanted read .values",
+            f"{self.name or 'a ShflLinear'}: .weight builds the dense matrix each time it is read; where only dtype "
+            "or device is wanted read .values",
             stacklevel=2,
         )
         return self.dense_weight()
 
-    # -- the product -----------------------------------------------------------------------------------------------------
+    # -- the product --------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`act(F.linear(x, W, bias))`; token-major or feature-major in, `self.layout` out."""
@@ -200,7 +207,9 @@ class ShflLinear(nn.Module):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.values.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise DtypeError(f"x is {x.dtype}, the layer {self.values.dtype}; convert one with .to() or use torch.autocast")
+            raise DtypeError(
+                f"x is {x.dtype}, the layer {self.values.dtype}; convert one with .to() or use torch.autocast"
+            )
         activation = self.activation
         if activation is not None and torch.is_grad_enabled() and (x.requires_grad or self._is_trained()):
             # Unfused: autograd then keeps z, which the epilogue never writes, instead of computing it a second time.
@@ -224,7 +233,9 @@ class ShflLinear(nn.Module):
         )  # fmt: skip
 
     def _compiled(self, x: torch.Tensor, activation: str | None) -> torch.Tensor:
-        """Both transposes in the open, where the compiler merges those of one tensor and fuses them with their neighbours."""
+        """Both transposes in the open, where the compiler merges those of one tensor and fuses them with their
+        neighbours.
+        """
         feature_out = self.layout == "feature" or (self.layout == "same" and is_feature_major(x))
         y = packed_linear(
             to_feature_major(x), self.values, self.indices, self.indptr, self.row_perm, self.bias,
@@ -232,7 +243,7 @@ class ShflLinear(nn.Module):
         )  # fmt: skip
         return y if feature_out else y.contiguous()
 
-    # -- state -----------------------------------------------------------------------------------------------------------
+    # -- state --------------------------------------------------------------------------------------------------------
 
     @property
     def density(self) -> float:
@@ -240,6 +251,7 @@ class ShflLinear(nn.Module):
         return self.values.numel() / max(1, self.in_features * self.out_features)
 
     def extra_repr(self) -> str:
+        """What stands in the brackets of the repr."""
         parts = [
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
             f"sparsity={1 - self.density:.1%}, block={self.block}",
@@ -263,7 +275,7 @@ class ShflLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Take over block, activation and number of kept columns from the saved layer, then load as every module does."""
+        """Take over block, activation and number of kept columns of the saved layer, then load as every module does."""
         form = state_dict.get(prefix + "form")
         if form is not None and tuple(form.shape) == (len(_FORM),):
             try:
@@ -280,8 +292,8 @@ class ShflLinear(nn.Module):
     def resize_kept(self, kept: int) -> None:
         """Make room for `kept` columns and for the groups of the current block, without setting their contents.
 
-        Nothing happens where the sizes fit already; else new tensors take the place of the old, so an optimiser that holds
-        the old ones has to be made anew.
+        Nothing happens where the sizes fit already; else new tensors take the place of the old, so an optimiser that
+        holds the old ones has to be made anew.
         """
         v, groups = self.block[0], -(-self.out_features // self.block[0])
         own = self.values
@@ -304,9 +316,10 @@ class ShflLinear(nn.Module):
 class SharedInput:
     """One feature-major copy for several layers that read the same tensor (q, k and v; gate and up).
 
-    Eager inference only; a compiled graph shares the copy by itself. The copy belongs to one tensor object, one version of
-    its contents and one stream; it goes when the tensor goes, or when the last of `readers` layers has taken it. Tensors
-    made under `inference_mode` have no version: there the planner has seen that nothing writes between the readers.
+    Eager inference only; a compiled graph shares the copy by itself. The copy belongs to one tensor object, one
+    version of its contents and one stream; it goes when the tensor goes, or when the last of `readers` layers has
+    taken it. Tensors made under `inference_mode` have no version: there the planner has seen that nothing writes
+    between the readers.
     """
 
     def __init__(self, readers: int) -> None:

@@ -1,9 +1,10 @@
 """One forward pass watched: which layers run, on how many tokens, and where their outputs go.
 
-The planner needs three facts that the module tree does not tell: which layer's output reaches which other layer through
-nothing but elementwise operations (then it may stay feature-major on the way), which layers read the same tensor (then one
-transpose serves them all), and which activation module does nothing but activate one layer's output (then the epilogue can
-do it). They are read off one run of the dense model under a `TorchDispatchMode`; nothing is traced or rewritten.
+The planner needs three facts that the module tree does not tell: which layer's output reaches which other layer
+through nothing but elementwise operations (then it may stay feature-major on the way), which layers read the same
+tensor (then one transpose serves them all), and which activation module does nothing but activate one layer's output
+(then the epilogue can do it). They are read off one run of the dense model under a `TorchDispatchMode`; nothing is
+traced or rewritten.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = ["Observation", "call_model", "evaluation", "observe"]
 
 _ACTIVATION_OPS = {"aten::gelu": "gelu", "aten::relu": "relu", "aten::silu": "silu"}
-_KEEPING = {"aten::native_dropout", "aten::dropout", "aten::detach", "aten::alias", "aten::_to_copy", "aten::lift_fresh"}
+_KEEPING = {
+    "aten::native_dropout",
+    "aten::dropout",
+    "aten::detach",
+    "aten::alias",
+    "aten::_to_copy",
+    "aten::lift_fresh",
+}
 """Operations that keep values in place and memory order, besides those that torch tags as pointwise."""
 _RESHAPING = {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::unsqueeze", "aten::squeeze"}
 
@@ -149,7 +157,7 @@ class _Watch(TorchDispatchMode):
         self.inside: str | None = None
         self.leaf: list[Any] | None = None
 
-    # -- hooks -----------------------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------------
 
     def enter_layer(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name = self.names[module]
@@ -189,7 +197,7 @@ class _Watch(TorchDispatchMode):
                 found = self.activated.setdefault(leaf[0], Counter())
                 found[self.leaf_names[module], activation] += 1
 
-    # -- operations ------------------------------------------------------------------------------------------------------
+    # -- operations ---------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -2,11 +2,11 @@
 
     y = act(x @ W.T + bias)        with W given by the plain tensors values, indices, indptr, row_perm
 
-The gradients are ATen code, so they compile, differentiate again and run anywhere. With respect to x the dense W is built
-for the moment of the backward pass (one scatter) and multiplied; with respect to the values the dense gradient is one
-product, of which the kept places are read. Both are deterministic (no float atomics: every place is written once) and cost
-what a dense layer's backward costs; they take memory for one dense W. A NaN in an output gradient spreads as in a dense
-layer. Training at full speed of the dense layer is what `shflnb.nn.prepare` is for.
+The gradients are ATen code, so they compile, differentiate again and run anywhere. With respect to x the dense W is
+built for the moment of the backward pass (one scatter) and multiplied; with respect to the values the dense gradient
+is one product, of which the kept places are read. Both are deterministic (no float atomics: every place is written
+once) and cost what a dense layer's backward costs; they take memory for one dense W. A NaN in an output gradient
+spreads as in a dense layer. Training at full speed of the dense layer is what `shflnb.nn.prepare` is for.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def packed_linear(
     Parameters
     ----------
     x : tensor (..., k)
-        Token-major or feature-major (see `layout.py`), on the device of `values`; another order is copied first. Same dtype
-        as `values`; under autocast x goes to the autocast dtype, and the values are rounded to it once and remembered.
+        Token-major or feature-major (see `layout.py`), on the device of `values`; another order is copied first. Same
+        dtype as `values`; under autocast x goes to the autocast dtype, and the values are rounded to it once and
+        remembered.
     values : tensor (kept columns, v)
     indices : int32 tensor (kept columns,)
     indptr : int64 tensor (groups + 1,)
@@ -108,10 +109,12 @@ def activate(z: torch.Tensor, activation: str | None) -> torch.Tensor:
     """The activation by name, as torch computes it."""
     if activation is None:
         return z
-    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](z)
+    functions: dict[str, Any] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+    return functions[activation](z)
 
 
-# -- the forward pass ---------------------------------------------------------------------------------------------------
+# -- the forward pass -------------------------------------------------------------------------------------------------
+
 
 def _dispatch_state() -> tuple[int, int]:
     """The key sets that modes, autocast, tracing and functorch transforms change for the current thread."""
@@ -146,7 +149,9 @@ def _is_plain_call(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | N
     """
     if torch.compiler.is_compiling() or not _PLAIN_STATES:
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return False
     return (
         type(x) is torch.Tensor
@@ -191,7 +196,7 @@ def _linear(
 
 
 def turned(x: torch.Tensor, *, is_result: bool = False) -> torch.Tensor:
-    """`x.t().contiguous()`; on a GPU by the transpose kernel, which is twice as fast as torch's copy."""
+    """`x.t().contiguous()`; 16-bit values on a GPU by the transpose kernel of the products."""
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.numel():
         from ..kernels.spmm_device import device_transpose
 
@@ -212,7 +217,13 @@ def _check(
         raise ShapeError(f"x has shape {tuple(x.shape)}; the layer needs (..., {k}), features last")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != row_perm.shape[0]):
         raise ShapeError(f"bias has shape {tuple(bias.shape)}; the layer needs ({row_perm.shape[0]},)")
-    for name, t in (("values", values), ("indices", indices), ("indptr", indptr), ("row_perm", row_perm), ("bias", bias)):
+    for name, t in (
+        ("values", values),
+        ("indices", indices),
+        ("indptr", indptr),
+        ("row_perm", row_perm),
+        ("bias", bias),
+    ):
         if t is not None and t.device != x.device:
             raise DeviceError(f"x is on {x.device}, {name} on {t.device}; move one with .to()")
     if not x.is_floating_point():
@@ -269,7 +280,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, *rest: Any) -> t
     return torch.ops.shflnb.linear.default(x.movedim(in_dims[0], 0), *rest), 0
 
 
-# -- the backward pass --------------------------------------------------------------------------------------------------
+# -- the backward pass ------------------------------------------------------------------------------------------------
 
 
 def _places(
@@ -322,9 +333,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     k, tile_k, activation, feature_out = ctx.sizes
     m = row_perm.shape[0]
     if activation is not None:
-        z = torch.ops.shflnb.linear.default(
-            x, values, indices, indptr, row_perm, bias, k, tile_k, None, feature_out
-        )
+        z = torch.ops.shflnb.linear.default(x, values, indices, indptr, row_perm, bias, k, tile_k, None, feature_out)
         grad = _activation_gradient(grad, z, activation)
     tokens = math.prod(grad.shape[:-1])
     flat = grad.reshape(tokens, m)

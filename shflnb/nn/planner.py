@@ -34,7 +34,7 @@ class Plan:
     fused: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def layout(self, name: str) -> str:
-        """ "feature" or "token": the order in which the layer hands on its result."""
+        """The order in which the layer hands on its result: "feature" or "token"."""
         return "feature" if name in self.feature_out else "token"
 
     def readers(self, name: str) -> int:

@@ -77,7 +77,9 @@ def predicted_us(
     columns = min(n, 256)
     gathered = flops * density * (v + columns) / (v * columns)
     weights = 2.0 * m * k * density * (1.0 + 2.0 / v)
-    sparse = max(flops * density / gpu.dense_tflops, gathered / gpu.gather_tbs, (weights + traffic) / gpu.memory_tbs) / 1e6
+    sparse = (
+        max(flops * density / gpu.dense_tflops, gathered / gpu.gather_tbs, (weights + traffic) / gpu.memory_tbs) / 1e6
+    )
     sparse += 4.0 * transposes / gpu.memory_tbs / 1e6
     floor = (gpu.dense_call_us, gpu.sparse_call_us) if timing == "eager" else (gpu.launch_us, gpu.launch_us)
     return max(dense, floor[0]), max(sparse, floor[1])

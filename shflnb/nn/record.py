@@ -1,8 +1,8 @@
 """Launch records: the checked matrix, and the device's own copy of it, that stand behind the tensors of one layer.
 
-The operator takes plain tensors, because those are what `state_dict`, `torch.export` and the optimiser know. The kernels
-want a `ShflBWMatrix`, whose arrays were checked once and whose kernel layout was uploaded once. This file keeps the way
-from the former to the latter, one entry per storage of kept values:
+The operator takes plain tensors, because those are what `state_dict`, `torch.export` and the optimiser know. The
+kernels want a `ShflBWMatrix`, whose arrays were checked once and whose kernel layout was uploaded once. This file
+keeps the way from the former to the latter, one entry per storage of kept values:
 
 * found by the address of the storage; a weak reference removes the entry when the storage dies, so an address that is
   used again never finds what belonged to another tensor, and a layer that moved away frees its device memory at once;
@@ -33,7 +33,7 @@ _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 
 class LaunchRecord:
-    """What is known of one set of tensors: its stamp, and one packed matrix for each compute dtype that was asked for."""
+    """What is known of one set of tensors: its stamp, and a packed matrix for each compute dtype asked for."""
 
     __slots__ = ("alive", "by_dtype", "companions", "stamp")
 
@@ -124,8 +124,8 @@ def _make(
     values, indices, indptr, row_perm = tensors
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         raise CaptureError(
-            "a Shfl-BW layer was called for the first time (or for the first time since its weights changed or its dtype "
-            "did) while a CUDA graph is being captured; call the model once with the same input before the capture"
+            "a Shfl-BW layer was called for the first time (or the first time since its weights or dtype changed) "
+            "while a CUDA graph is being captured; call the model once with the same input before the capture"
         )
     with _LOCK:
         record = _RECORDS.get(key)
@@ -139,7 +139,7 @@ def _make(
 
 
 def _drop(key: tuple[Any, ...], _: Any) -> None:
-    # Runs inside the garbage collector, perhaps with _LOCK held by this very thread: one atomic dict operation, no lock.
+    # May run in the garbage collector, with _LOCK held by this very thread: one atomic dict operation, no lock.
     _RECORDS.pop(key, None)
 
 

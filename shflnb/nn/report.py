@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import MissingDependencyError
 
@@ -135,8 +135,8 @@ class Report:
     def predicted_us(self) -> float | None:
         """Time of the whole model as the rows foretell it: measured dense, less what the sparse layers save.
 
-        None without a measurement of the model, and where its layers alone took longer than all of it did (a machine too
-        busy to measure on).
+        None without a measurement of the model, and where its layers alone took longer than all of it did (a machine
+        too busy to measure on).
         """
         if self.model_dense_us is None or self.layers_dense_us is None or self.layers_chosen_us is None:
             return None
@@ -178,7 +178,7 @@ class Report:
             "speedup": self.speedup,
         }
 
-    # -- ways to look at it ----------------------------------------------------------------------------------------------
+    # -- ways to look at it -------------------------------------------------------------------------------------------
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text; with `path` also written there."""
@@ -201,7 +201,9 @@ class Report:
         table = Table(title=self._title(), title_justify="left", caption=self._caption(), caption_justify="left",
                       box=None, pad_edge=False, header_style="bold underline")  # fmt: skip
         for header, justify in _COLUMNS:
-            table.add_column(header, justify=justify, no_wrap=header != "reason", min_width=12 if header == "reason" else None)
+            table.add_column(
+                header, justify=justify, no_wrap=header != "reason", min_width=12 if header == "reason" else None
+            )
         for row in _collapsed(self.rows) if collapse else self.rows:
             table.add_row(*_cells(row), style=None if row.decision == "sparse" else "dim")
         console.print(table)
@@ -232,8 +234,8 @@ class Report:
             lines.append(f"layers: {_us(t['layers_dense_us'])} us -> {_us(t['layers_chosen_us'])} us "
                          f"({t['layers_dense_us'] / t['layers_chosen_us']:.2f}x)")  # fmt: skip
         if t["predicted_speedup"]:
-            lines.append(f"model: {_us(t['model_dense_us'])} us dense, {_us(t['predicted_us'])} us foretold by the rows "
-                         f"({t['predicted_speedup']:.2f}x)")  # fmt: skip
+            lines.append(f"model: {_us(t['model_dense_us'])} us dense, {_us(t['predicted_us'])} us foretold by the "
+                         f"rows ({t['predicted_speedup']:.2f}x)")  # fmt: skip
         if t["speedup"]:
             lines.append(f"model, measured after: {_us(t['model_sparse_us'])} us ({t['speedup']:.2f}x)")
         return "\n".join(lines)
@@ -254,7 +256,7 @@ class Report:
         figure = Figure(figsize=(9, 1.5 + 0.3 * max(1, len(rows))), layout="constrained")
         axes = figure.subplots()
         for place, row in enumerate(rows):
-            axes.barh(place - 0.2, row.dense_us, 0.38, color="0.7", label="dense" if place == 0 else None)
+            axes.barh(place - 0.2, row.dense_us or 0.0, 0.38, color="0.7", label="dense" if place == 0 else None)
             if row.sparse_us is not None:
                 color = "tab:green" if row.decision == "sparse" else "tab:red"
                 axes.barh(place + 0.2, row.sparse_us, 0.38, color=color)
@@ -267,7 +269,7 @@ class Report:
         return figure
 
 
-_COLUMNS = (("layer", "left"), ("m x k", "right"), ("n", "right"), ("calls", "right"), ("sparsity", "right"),
+_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (("layer", "left"), ("m x k", "right"), ("n", "right"), ("calls", "right"), ("sparsity", "right"),
             ("retained", "right"), ("dense us", "right"), ("sparse us", "right"), ("speedup", "right"),
             ("decision", "left"), ("reason", "left"))  # fmt: skip
 

@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import ArgumentError, DeviceError, ShflnbError
 from ..formats.shflbw import ShflBWMatrix
 from ..kernels.config import Config, ceil_div, smem_limit
-from ..kernels.select import Choice, choose, roof_us
+from ..kernels.select import LAUNCH_US, Choice, choose, has_few_columns, roof_us
+from ..kernels.skinny_choice import MEMORY_KB_PER_US, forecast
 from ..machine import cpu_name, find_cuda
 
 __all__ = ["GPUS", "Explanation", "explain"]
@@ -159,6 +160,8 @@ def _explain(
     from ..kernels.spmm_device import problem_of
 
     problem = problem_of(half, n)
+    if has_few_columns(n):
+        return _few_columns(half, packed, n, name, capability, sm_count, ordinal)
     table = {**remembered.load(name), **half.launch_cache.get("tuned", {})}
     choice = choose(problem, capability, sm_count, name, table)
     config = choice.config
@@ -172,6 +175,29 @@ def _explain(
         reason=_reason(choice), threads=config.threads, smem_bytes=config.smem_bytes, registers=registers,
         blocks_per_sm=resident, blocks=blocks, predicted_us=choice.predicted_us, roof_us=roof, roof=limit,
         cpu=_cpu(packed, n),
+    )  # fmt: skip
+
+
+def _few_columns(
+    half: ShflBWMatrix,
+    packed: ShflBWMatrix,
+    n: int,
+    name: str,
+    capability: tuple[int, int],
+    sm_count: int,
+    ordinal: int | None,
+) -> Explanation:
+    """The kernel for few columns reads the packed bytes once: device memory is its roof."""
+    m, k = half.shape
+    steps = -(-half.counts // 16)
+    split, config, smem_bytes, us = forecast(steps, k, half.v, n, half.dtype, capability, sm_count)
+    roof = half.values.nbytes / 1024 / (MEMORY_KB_PER_US * sm_count)
+    return Explanation(
+        m=m, k=k, n=n, v=half.v, dtype=half.dtype, density=packed.density, device=name, is_here=ordinal is not None,
+        kernel=FEW_COLUMNS_KERNEL, config=config.name,
+        reason=f"few columns: weights read once by {split.teams} teams of {split.ranks} blocks", threads=config.threads,
+        smem_bytes=smem_bytes, registers=None, blocks_per_sm=1, blocks=split.teams * split.ranks,
+        predicted_us=LAUNCH_US + us, roof_us=roof, roof="device memory", cpu=_cpu(packed, n),
     )  # fmt: skip
 
 

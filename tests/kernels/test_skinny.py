@@ -16,18 +16,16 @@ from shflnb import errors
 from shflnb.formats import ShflBWMatrix, pack
 from shflnb.formats.skinny_layout import LAST_STEP, PADDING, from_skinny, place_of_row, to_skinny
 from shflnb.kernels.config import SMEM_LIMIT
-from shflnb.kernels.skinny_plan import (
+from shflnb.kernels.skinny_choice import (
     SkinnyConfig,
     SkinnySplit,
     choose_config,
     choose_split,
     chunks_of,
-    kernel_spec,
-    sum_spec,
     warps_of,
     window_limit,
-    x_flags,
 )
+from shflnb.kernels.skinny_plan import kernel_spec, sum_spec, x_flags
 
 splits = st.tuples(st.integers(1, 5), st.sampled_from((1, 2, 3, 8)), st.sampled_from((1, 4, 8)), st.sampled_from((128, 192, 1024)))
 

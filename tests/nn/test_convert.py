@@ -73,7 +73,9 @@ def test_a_slower_layer_stays_dense_untouched(fixed_times: Callable[..., None]) 
     assert [row.decision for row in report.rows] == ["dense", "dense", "sparse"]
     assert report["gate"].reason.startswith("dense is as fast or faster") and report["gate"].sparse_us == 150.0
     assert all(torch.equal(model.state_dict()[f"{n}.weight"], before[f"{n}.weight"]) for n in ("gate", "up"))
-    assert model.down.layout == "token" and report["down"].layout == "token -> token" and report["gate"].retained is None
+    assert (
+        model.down.layout == "token" and report["down"].layout == "token -> token" and report["gate"].retained is None
+    )
 
 
 def test_a_layer_that_turns_out_slower_with_its_real_pattern(
@@ -118,7 +120,7 @@ def test_without_an_example_layers_are_timed_at_so_many_tokens(fixed_times: Call
     assert report["down"].n == 77 and report["down"].decision == "sparse" and report["gate"].decision == "dense"
 
 
-# -- what is left out, and why ------------------------------------------------------------------------------------------
+# -- what is left out, and why ----------------------------------------------------------------------------------------
 
 
 class Zoo(nn.Module):
@@ -241,7 +243,7 @@ def test_calibration_weighs_the_columns() -> None:
         sparsify_(nn.Sequential(nn.Linear(32, 32)), 0.5, score="activation", calibration=[], **FAST)
 
 
-# -- conduct ------------------------------------------------------------------------------------------------------------
+# -- conduct ----------------------------------------------------------------------------------------------------------
 
 
 def test_dense_weights_are_let_go_layer_by_layer() -> None:
@@ -292,7 +294,9 @@ def test_sparsifying_twice_changes_nothing_the_second_time() -> None:
     model = GatedMLP()
     sparsify_(model, 0.5, policy="always", **FAST)
     report = sparsify_(model, 0.5, policy="always", **FAST)
-    assert {row.reason for row in report.rows} == {"already sparse"} and {row.decision for row in report.rows} == {"sparse"}
+    assert {row.reason for row in report.rows} == {"already sparse"} and {row.decision for row in report.rows} == {
+        "sparse"
+    }
 
 
 def test_a_linear_alone_cannot_be_replaced_in_place() -> None:
@@ -313,13 +317,15 @@ def test_state_of_a_sparse_model_loads_into_another(fixed_times: Callable[..., N
 
 def test_real_times_are_measured() -> None:
     model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
-    report = shflnb.sparsify_(model, 0.75, (16, 16), search="identity", example_inputs=torch.randn(64, 128), policy="always")
+    report = shflnb.sparsify_(
+        model, 0.75, (16, 16), search="identity", example_inputs=torch.randn(64, 128), policy="always"
+    )
     for row in report.rows:
         assert 0.5 < row.dense_us < 1e6 and 0.5 < row.sparse_us < 1e6
     assert report.model_dense_us > 0 and report.model_sparse_us > 0 and report.speedup > 0
 
 
-# -- the report ---------------------------------------------------------------------------------------------------------
+# -- the report -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

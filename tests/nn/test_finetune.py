@@ -159,7 +159,7 @@ def test_heads_and_embeddings_are_left_alone() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ArgumentError, match="no layer to prune .*10 rows, fewer than v = 64"):
+    with pytest.raises(ArgumentError, match=r"no layer to prune .*10 rows, fewer than v = 64"):
         prepare(nn.Sequential(nn.Linear(64, 10)), steps=1)
     with pytest.raises(ArgumentError, match="steps is -1"):
         prepare(mlp(), steps=-1)

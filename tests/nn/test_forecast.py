@@ -13,18 +13,25 @@ from torch import nn
 import shflnb
 from shflnb.errors import ArgumentError, DeviceError
 from shflnb.nn import ShflLinear, estimate, sparsify_
-from shflnb.nn.decide import Options, random_layer
+from shflnb.nn.facts import random_layer
 from shflnb.nn.predict import gpu_named, predicted_us
 
 TOKENS = {"tokens": torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))}
 
 
-@pytest.mark.parametrize(("m", "k", "block", "sparsity"), [
-    (128, 256, (32, 32), 0.75), (100, 70, (32, 16), 0.5), (64, 640, (64, 64), 0.8), (64, 64, (64, 64), 0.9), (33, 48, (16, 16), 1.0), (32, 33, (16, 16), 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("m", "k", "block", "sparsity"),
+    [
+        (128, 256, (32, 32), 0.75),
+        (100, 70, (32, 16), 0.5),
+        (64, 640, (64, 64), 0.8),
+        (64, 64, (64, 64), 0.9),
+        (33, 48, (16, 16), 1.0),
+        (32, 33, (16, 16), 0.0),
+    ],
+)
 def test_random_layers_have_the_size_asked_for(m: int, k: int, block: tuple[int, int], sparsity: float) -> None:
-    options = Options(sparsity, block)
-    layer = random_layer((m, k), options, sparsity, bias=True, dtype=torch.float32, device=torch.device("cpu"))
+    layer = random_layer((m, k), block, sparsity, bias=True, dtype=torch.float32, device=torch.device("cpu"))
     packed = layer.to_packed()  # validates: sorted indices, a permutation, zeros in missing rows
     groups = -(-m // block[0])
     asked = (1 - sparsity) * k * groups

@@ -30,7 +30,9 @@ def bound(dtype: torch.dtype) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("m", "k", "block"), [(256, 192, (64, 64)), (130, 70, (128, 32)), (33, 50, (32, 16)), (96, 97, (16, 16))])
+@pytest.mark.parametrize(
+    ("m", "k", "block"), [(256, 192, (64, 64)), (130, 70, (128, 32)), (33, 50, (32, 16)), (96, 97, (16, 16))]
+)
 @pytest.mark.parametrize("lead", [(1,), (7,), (64,), (65,), (3, 40), (2, 5, 13)])
 def test_values_and_layouts(dtype: torch.dtype, m: int, k: int, block: Any, lead: tuple[int, ...]) -> None:
     packed = random_packed(m, k, block)
@@ -116,7 +118,11 @@ def test_autocast_on_float32_weights() -> None:
 
 
 def test_cuda_graph() -> None:
-    model = nn.Sequential(make_layer(192, 96, (64, 32), activation="gelu"), make_layer(96, 192, (32, 32), seed=1)).half().cuda()
+    model = (
+        nn.Sequential(make_layer(192, 96, (64, 32), activation="gelu"), make_layer(96, 192, (32, 32), seed=1))
+        .half()
+        .cuda()
+    )
     static = torch.randn(48, 96, dtype=torch.float16, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():

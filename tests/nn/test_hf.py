@@ -18,7 +18,13 @@ from shflnb.nn.hf import layer_records, restore_layers
 transformers = pytest.importorskip("transformers", reason="needs transformers (not installed)")
 
 IDS = torch.randint(0, 100, (2, 16), generator=torch.Generator().manual_seed(0))
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100}
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+}
 
 
 def bert() -> Any:
@@ -39,7 +45,7 @@ def sparsified(make: Callable[[], Any]) -> tuple[Any, Any]:
 @pytest.mark.parametrize("make", [bert, llama])
 def test_which_layers_become_sparse(make: Callable[[], Any], fixed_times: Callable[..., None]) -> None:
     fixed_times()
-    model, report = sparsified(make)
+    _, report = sparsified(make)
     per_layer = 6 if make is bert else 7
     assert sum("layer" in row.name for row in report.sparse) == 2 * per_layer
     head = report["cls.predictions.decoder" if make is bert else "lm_head"]

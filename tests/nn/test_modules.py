@@ -74,7 +74,7 @@ def test_errors_of_the_search_name_the_layer() -> None:
         ShflLinear.from_dense(linear, 0.5, (16, 16), name="enc.fc")
 
 
-# -- state --------------------------------------------------------------------------------------------------------------
+# -- state ------------------------------------------------------------------------------------------------------------
 
 
 def test_state_dict_is_plain_tensors_and_loads_anywhere() -> None:
@@ -115,7 +115,11 @@ def test_deepcopy_and_moves() -> None:
     assert torch.equal(twin(x), layer(x)) and twin.values is not layer.values
     for move, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64)):
         moved = getattr(copy.deepcopy(layer), move)()
-        assert moved(x.to(dtype)).dtype == dtype and moved.indices.dtype == torch.int32 and moved.indptr.dtype == torch.int64
+        assert (
+            moved(x.to(dtype)).dtype == dtype
+            and moved.indices.dtype == torch.int32
+            and moved.indptr.dtype == torch.int64
+        )
         torch.testing.assert_close(moved(x.to(dtype)).float(), layer(x), rtol=0.05, atol=0.05)
     meta = copy.deepcopy(layer).to("meta")
     assert meta(torch.empty(3, 96, device="meta")).shape == (3, 80)
@@ -151,7 +155,7 @@ def test_training_moves_kept_values_only() -> None:
     assert bool((layer.dense_weight()[zeros] == 0).all())
 
 
-# -- layouts ------------------------------------------------------------------------------------------------------------
+# -- layouts ----------------------------------------------------------------------------------------------------------
 
 
 def test_feature_major_by_definition() -> None:

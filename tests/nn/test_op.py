@@ -40,7 +40,7 @@ def make(m: int, k: int, block: tuple[int, int], lead: tuple[int, ...], **option
 @pytest.mark.parametrize(("m", "k", "block", "lead"), CASES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_values_are_those_of_the_definition(m: int, k: int, block: Any, lead: Any, activation: Any) -> None:
-    packed, t, x, bias = make(m, k, block, lead)
+    _, t, x, bias = make(m, k, block, lead)
     w = dense_by_definition(*t, k)
     want = ACT[activation](x @ w.T + bias)
     for inputs in (x, to_feature_major(x)):
@@ -110,7 +110,7 @@ def test_dense_weight_is_that_of_the_definition() -> None:
         assert torch.equal(dense_weight(*t, k), dense_by_definition(*t, k))
 
 
-# -- gradients ----------------------------------------------------------------------------------------------------------
+# -- gradients --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -161,7 +161,7 @@ def test_a_frozen_layer_keeps_no_activations_alive() -> None:
     assert leaf.grad is not None
 
 
-# -- what torch makes of it ---------------------------------------------------------------------------------------------
+# -- what torch makes of it -------------------------------------------------------------------------------------------
 
 
 def op_samples() -> list[tuple[Any, ...]]:
@@ -268,7 +268,7 @@ def test_the_short_way_is_taken_only_when_nothing_is_in_between() -> None:
         assert _is_plain_call(torch.randn(4, 96), layer.values, layer.bias)
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_errors_say_what_is_needed() -> None:
@@ -277,13 +277,13 @@ def test_errors_say_what_is_needed() -> None:
         packed_linear(torch.zeros(3, 25), *t, k=24)
     with pytest.raises(ShapeError, match=r"bias has shape \(39,\).*\(40,\)"):
         packed_linear(torch.zeros(3, 24), *t, torch.zeros(39), k=24)
-    with pytest.raises(ArgumentError, match="activation is 'tanh'.*relu, gelu, silu"):
+    with pytest.raises(ArgumentError, match=r"activation is 'tanh'.*relu, gelu, silu"):
         packed_linear(torch.zeros(3, 24), *t, k=24, activation="tanh")
     with pytest.raises(ArgumentError, match="layout is 'row'"):
         packed_linear(torch.zeros(3, 24), *t, k=24, layout="row")
-    with pytest.raises(DtypeError, match="x is torch.int64"):
+    with pytest.raises(DtypeError, match=r"x is torch\.int64"):
         packed_linear(torch.zeros(3, 24, dtype=torch.int64), *t, k=24)
-    with pytest.raises(DtypeError, match="layer enc.fc: x is torch.float64, the layer torch.float32"):
+    with pytest.raises(DtypeError, match=r"layer enc\.fc: x is torch\.float64, the layer torch\.float32"):
         make_layer(name="enc.fc")(torch.zeros(2, 96, dtype=torch.float64))
     with pytest.raises(ShapeError, match=r"layer enc.fc: x has shape \(2, 95\)"):
         make_layer(name="enc.fc")(torch.zeros(2, 95))
