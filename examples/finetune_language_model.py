@@ -73,11 +73,11 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few steps of a tiny model")
     short = parser.parse_args().short
     torch.manual_seed(0)
-    width, layers, steps, sizes = (32, 1, 6, (4, 16)) if short else (192, 2, 400, (32, 96))
+    width, layers, steps, sizes = (32, 1, 6, (4, 16)) if short else (128, 2, 400, (24, 96))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dense = LanguageModel(width, layers, sizes[1]).to(device)
     train(dense, steps, 2e-3, sizes)
-    print(f"dense                        test loss {test_loss(dense, sizes):.3f}")
+    print(f"dense: test loss {test_loss(dense, sizes):.3f} nats per byte", flush=True)
     for sparsity in (0.75, 0.875):
         at_once = copy.deepcopy(dense)
         shflnb.nn.prepare(at_once, sparsity, (16, 16), steps=0)

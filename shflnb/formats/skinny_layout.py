@@ -6,15 +6,15 @@ A *step* is 16 kept columns of one *item* (at most 64 rows of a group; v = 128 g
     [rows / 16][32 lanes][8 halves]   operand A in fragment order, as in `layout.to_mma`
     [16 column places, uint16]        0 .. window - 1, or PADDING; the highest bit is set in the last step of a piece
 
-Work is cut three times: items go to *teams* (longest first, to the team with least); a team's steps, sorted by column, go
-in equal numbers to its *ranks* (thread blocks of a cluster), so that a rank needs only a window of x; a rank's steps go
-to its *warps*. A window that would be wider than `window` rows is cut into *phases*. A *piece* is what a warp sums in its
-registers without a break: its sum fills one *slot*, and the sum of an item's slots in the order of the entries is the
-item's result, so that the order of every addition is fixed here.
+Work is cut three times: items go to *teams* (longest first, to the team with least); a team's steps, sorted by column,
+go in equal numbers to its *ranks* (thread blocks of a cluster), so that a rank needs only a window of x; a rank's steps
+go to its *warps*. A window that would be wider than `window` rows is cut into *phases*. A *piece* is what a warp sums
+in its registers without a break: its sum fills one *slot*, and the sum of an item's slots in the order of the entries
+is the item's result, so that the order of every addition is fixed here.
 
 Where no team has more items than a block has warps, the layout is *owned*: each warp works on one item only, through
-all phases, and has one piece; the slots of 64 columns then fit where the window of x was. Else a rank's steps, sorted by
-item, go in equal numbers to the warps, and a piece ends with every item and phase.
+all phases, and has one piece; the slots of 64 columns then fit where the window of x was. Else a rank's steps, sorted
+by item, go in equal numbers to the warps, and a piece ends with every item and phase.
 
 Inside a piece the columns are ordered so that eight neighbours fall into different shared-memory banks; `place_of_row`
 is the order in which the rows of a window stand there.
@@ -57,8 +57,8 @@ class SkinnyLayout:
     teams_ptr : uint32 array, shape (teams + 1,)
         Items of each team.
     team_table : uint32 array, shape (teams, words)
-        What a block must know of its team, in one piece: first item, items, then where each item's entries begin and where
-        the last one's end (words of this row), then the entries.
+        What a block must know of its team, in one piece: first item, items, then where each item's entries begin and
+        where the last one's end (words of this row), then the entries.
     item_ids : int64 array, shape (items,)
         group * (items per group) + part, for each item in the order of the teams.
     rows : uint32 array, shape (items * item_rows,)
@@ -152,8 +152,8 @@ def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: 
         raise DtypeError(f"the values are {packed.dtype}; kernel layouts hold float16 or bfloat16; use "
                          f"packed.astype('float16')")  # fmt: skip
     if min(teams, ranks, warps) < 1 or not 128 <= window <= 0x7FC0:
-        raise ArgumentError(f"teams = {teams}, ranks = {ranks}, warps = {warps}, window = {window}; expected positive counts "
-                            "and a window of 128 to 32704 rows")  # fmt: skip
+        raise ArgumentError(f"teams = {teams}, ranks = {ranks}, warps = {warps}, window = {window}; expected positive "
+                            "counts and a window of 128 to 32704 rows")  # fmt: skip
     parts = max(1, packed.v // 64)
     cut = Steps.of(packed, span=window // 2)
     team_of_item = share_items(np.repeat(cut.steps_of_group, parts), teams)
@@ -171,11 +171,14 @@ def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: 
     rows[:] = padded.reshape(-1, min(packed.v, 64))[item_ids]
     teams_ptr = np.searchsorted(team_of_item[item_ids], np.arange(teams + 1)).astype(np.uint32)
     table = _team_table(teams_ptr.astype(np.int64), entry_ptr.astype(np.int64), entries)
-    return SkinnyLayout(records, warp_table, work.windows, entry_ptr, entries, teams_ptr, table, item_ids, rows.reshape(-1),
-                        ranks, work.phases, packed.v, packed.groups, packed.values.dtype, is_owned)  # fmt: skip
+    return SkinnyLayout(records, warp_table, work.windows, entry_ptr, entries, teams_ptr, table, item_ids,
+                        rows.reshape(-1), ranks, work.phases, packed.v, packed.groups, packed.values.dtype,
+                        is_owned)  # fmt: skip
 
 
-def _pieces(work: Work, blocks: int, warps: int, is_owned: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pieces(
+    work: Work, blocks: int, warps: int, is_owned: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The warps' table, the slot of each step's piece, and which steps are the last of theirs."""
     n = len(work.step)
     cell = work.block * warps + work.warp
@@ -192,7 +195,9 @@ def _pieces(work: Work, blocks: int, warps: int, is_owned: bool) -> tuple[np.nda
     table[:, 0] = record_at
     has = record_at < n
     table[has, 1] = slot[record_at[has]]
-    steps = np.bincount(cell * work.phases + work.phase, minlength=blocks * warps * work.phases).reshape(-1, work.phases)
+    steps = np.bincount(cell * work.phases + work.phase, minlength=blocks * warps * work.phases).reshape(
+        -1, work.phases
+    )
     table[:, 2] = steps.sum(axis=1)
     table[:, 3 : 3 + work.phases] = steps
     if slot.max(initial=0) > 0xFFFF:
@@ -210,7 +215,7 @@ def _entries(work: Work, last: np.ndarray, slot: np.ndarray, ranks: int, items: 
 
 
 def _team_table(teams_ptr: np.ndarray, entry_ptr: np.ndarray, entries: np.ndarray) -> np.ndarray:
-    """The rows of `SkinnyLayout.team_table`, a multiple of 4 words each, so that they can be copied 16 bytes at a time."""
+    """The rows of `SkinnyLayout.team_table`, a multiple of 4 words each, since they are copied 16 bytes at a time."""
     items, counts = np.diff(teams_ptr), np.diff(entry_ptr[teams_ptr])
     words = -(-int((3 + items + counts).max(initial=4)) // 4) * 4
     table = np.zeros((len(items), words), np.uint32)
@@ -231,7 +236,9 @@ def _records(packed: ShflBWMatrix, cut: Steps, work: Work, last: np.ndarray, par
     places = np.full((n, 16), PADDING, np.int64)
     kept = source >= 0
     places[kept] = place_of_row(packed.indices[source[kept]].astype(np.int64) - np.repeat(window, kept.sum(axis=1)))
-    run = (np.cumsum(last) - last) * work.phases + work.phase  # columns change places inside a piece, but not from phase to phase
+    run = (
+        np.cumsum(last) - last
+    ) * work.phases + work.phase  # columns change places inside a piece, but not from phase to phase
     order = _spread_banks(np.repeat(run, 16), places.reshape(-1))
     source, places = source.reshape(-1)[order].reshape(n, 16), places.reshape(-1)[order].reshape(n, 16)
     records = np.zeros((n, rows * 16 + 16), np.uint16)
@@ -239,7 +246,11 @@ def _records(packed: ShflBWMatrix, cut: Steps, work: Work, last: np.ndarray, par
     part = work.item_id % parts
     for begin in range(0, n, 65536):  # piecewise, so that the work space stays small beside the matrix
         part_of = slice(begin, min(n, begin + 65536))
-        slab = bits[np.maximum(source[part_of], 0), part[part_of, None]] if len(bits) else np.zeros((0, 16, rows), np.uint16)
+        slab = (
+            bits[np.maximum(source[part_of], 0), part[part_of, None]]
+            if len(bits)
+            else np.zeros((0, 16, rows), np.uint16)
+        )
         slab[source[part_of] < 0] = 0
         # a column of a step is (upper half, t, odd), a row of an item is (strip, upper half, q), slowest first
         fragments = slab.reshape(-1, 2, 4, 2, rows // 16, 2, 8).transpose(0, 4, 6, 2, 1, 5, 3)
@@ -249,7 +260,7 @@ def _records(packed: ShflBWMatrix, cut: Steps, work: Work, last: np.ndarray, par
 
 
 def _spread_banks(piece: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Order of the columns inside each piece so that neighbours differ modulo 8 as long as they can; padding comes last."""
+    """Order of the columns inside each run so that neighbours differ modulo 8 as long as they can; padding is last."""
     bank = np.where(place == PADDING, 8, place & 7)
     by_bank = np.lexsort((place, bank, piece))
     _, start, count = np.unique(piece[by_bank] * 16 + bank[by_bank], return_index=True, return_counts=True)

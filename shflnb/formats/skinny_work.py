@@ -1,4 +1,4 @@
-"""How the few-column layout divides its work: steps of 16 columns, and who does each of them. See `skinny_layout.py`."""
+"""How the few-column layout divides its work: steps of 16 columns, and who does each. See `skinny_layout.py`."""
 
 from __future__ import annotations
 
@@ -80,6 +80,7 @@ class Work:
     @classmethod
     def of(cls, cut: Steps, parts: int, team_of_item: np.ndarray, order_of_item: np.ndarray,
            counts: tuple[int, int, int], window: int, is_owned: bool) -> Work:  # fmt: skip
+        """Share the steps of every item out; `counts` are teams, ranks and warps."""
         teams, ranks, warps = counts
         step = np.tile(np.arange(len(cut.group)), parts)
         item_id = cut.group[step] * parts + np.repeat(np.arange(parts), len(cut.group))
@@ -101,7 +102,7 @@ class Work:
 
 
 def _equal_parts(key: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """For sorted keys: which of `parts` equal consecutive parts of its key's run each element is in, and the run's start."""
+    """For sorted keys: which of `parts` equal consecutive parts of its key's run an element is in; the run's start."""
     _, start, count = np.unique(key, return_index=True, return_counts=True)
     at = np.arange(len(key)) - np.repeat(start, count)
     return at * parts // np.maximum(np.repeat(count, count), 1), start
@@ -130,7 +131,9 @@ def _own_items(block: np.ndarray, item: np.ndarray, warps: int) -> np.ndarray:
     return first[cell] + turn % owners[cell]
 
 
-def _phases(cut: Steps, step: np.ndarray, block: np.ndarray, blocks: int, window: int) -> tuple[np.ndarray, int, np.ndarray]:
+def _phases(
+    cut: Steps, step: np.ndarray, block: np.ndarray, blocks: int, window: int
+) -> tuple[np.ndarray, int, np.ndarray]:
     """Phase of each step (sorted by block and column), their number, and the windows both ways."""
     first, last = cut.first[step], cut.last[step]
     low = np.full(blocks, np.iinfo(np.int64).max)

@@ -64,7 +64,7 @@ def _fingerprint() -> str:
     """Digest of the kernel sources and of the versions of every tool that shapes the machine code."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if not path.name.startswith("spmm_cpu"):
+        if not path.name.startswith(("spmm_cpu", "cpu_")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     names = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink",
              "nvidia-cuda-nvcc")  # fmt: skip

@@ -1,8 +1,9 @@
-"""The short road for repeated calls on torch tensors: what a call with these shapes and strides came to, looked up once.
+"""The short road for repeated calls on torch tensors: what a call with these shapes and strides came to, looked up
+once.
 
-A warm `matmul` has 12 us of host time to spend (what torch.matmul costs); checking every argument again takes twice that.
-A memo is kept under everything the checks looked at, except the addresses, whose alignment is checked here. Calls with
-`out`, a residual, other frameworks' arrays or unusual strides take the long road in `spmm_device.py`.
+A warm `matmul` has 12 us of host time to spend (what torch.matmul costs); checking every argument again takes twice
+that. A memo is kept under everything the checks looked at, except the addresses, whose alignment is checked here. Calls
+with `out`, a residual, other frameworks' arrays or unusual strides take the long road in `spmm_device.py`.
 """
 
 from __future__ import annotations
@@ -119,10 +120,12 @@ def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None
     product = x.new_empty((memo.m, memo.ld))
     out = x.new_empty(memo.out_shape)
     turned_at, product_at = turned.data_ptr(), product.data_ptr()
-    launch(stream, memo.turn_in, memo.turn, address, memo.token_stride, turned_at, memo.ld, memo.n, memo.k, memo.k_tiles,
+    launch(stream, memo.turn_in, memo.turn, address, memo.token_stride, turned_at, memo.ld, memo.n, memo.k,
+           memo.k_tiles,
            memo.turn_in_flags)  # fmt: skip
     launch(
-        stream, memo.launch_config, memo.kernel, *memo.head, turned_at, product_at, 0 if bias is None else bias.data_ptr(), 0,
+        stream, memo.launch_config, memo.kernel, *memo.head, turned_at, product_at,
+        0 if bias is None else bias.data_ptr(), 0,
         memo.n, memo.ld, memo.ld, 0, memo.flags,
     )  # fmt: skip
     launch(stream, memo.turn_out, memo.turn, product_at, memo.ld, out.data_ptr(), memo.m, memo.m, memo.n, memo.m_tiles,

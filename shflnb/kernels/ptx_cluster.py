@@ -9,8 +9,9 @@ from numba.cuda import types
 
 from .ptx import f32, instruction, u32, u64
 
-__all__ = ["cluster_arrive", "cluster_wait", "cp_async_16_if", "cp_async_16_streamed", "grid_launch_dependents", "grid_wait",
-           "high_halves", "ld_cluster_v4_f32_if", "ld_global_cg_v4_f32_if", "ld_global_nc_v4_if", "ld_shared_v4_f32_if", "low_halves",
+__all__ = ["cluster_arrive", "cluster_wait", "cp_async_16_if", "cp_async_16_streamed", "grid_launch_dependents",
+           "grid_wait", "high_halves", "ld_cluster_v4_f32_if", "ld_global_cg_v4_f32_if", "ld_global_nc_v4_if",
+           "ld_shared_v4_f32_if", "low_halves",
            "min_u32", "rank_address", "st_global_u32", "st_global_v4_f32", "st_shared_v4_f32"]  # fmt: skip
 
 _LOAD_IF = ("{{ .reg .pred p; setp.ne.u32 p, $5, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; "
@@ -22,7 +23,8 @@ cluster_arrive = instruction(
     "Arrive at the cluster's barrier; earlier writes become visible to its waiters.",
     "barrier.cluster.arrive.release.aligned;", (), "~{memory}")  # fmt: skip
 cluster_wait = instruction(
-    "Wait for every thread of the cluster to arrive.", "barrier.cluster.wait.acquire.aligned;", (), "~{memory}")
+    "Wait for every thread of the cluster to arrive.", "barrier.cluster.wait.acquire.aligned;", (), "~{memory}"
+)
 rank_address = instruction(
     "Address, in the cluster's shared window, that a shared address of this block has in the block of a rank.",
     "mapa.shared::cluster.u32 $0, $1, $2;", (u32, u32), "=r,r,r", u32, volatile=False)  # fmt: skip
@@ -41,7 +43,7 @@ grid_launch_dependents = instruction(
 # --- copies ----------------------------------------------------------------------------------------------------------
 cp_async_16_streamed = {
     hint: instruction(
-        "Copy 16 bytes from global to shared memory" + (f" and have L2 fetch the {hint} bytes around them." if hint else "."),
+        "Copy 16 bytes from global to shared memory" + (f"; L2 fetches the {hint} bytes around them." if hint else "."),
         f"cp.async.cg.shared.global{f'.L2::{hint}B' if hint else ''} [$0], [$1], 16;", (u32, u64), "r,l,~{memory}")
     for hint in (0, 128, 256)
 }  # fmt: skip
@@ -60,19 +62,23 @@ ld_global_cg_v4_f32_if = instruction(
     "Load 4 float32 from L2 if the last argument is not 0; zeros otherwise.",
     _LOAD_IF.format("global.cg"), (u64, u32), "=&f,=&f,=&f,=&f,l,r,~{memory}", _F32X4)  # fmt: skip
 st_global_v4_f32 = instruction(
-    "Store 4 float32.", "st.global.v4.f32 [$0], {$1,$2,$3,$4};", (u64, f32, f32, f32, f32), "l,f,f,f,f,~{memory}")
+    "Store 4 float32.", "st.global.v4.f32 [$0], {$1,$2,$3,$4};", (u64, f32, f32, f32, f32), "l,f,f,f,f,~{memory}"
+)
 st_global_u32 = instruction("Store 4 bytes.", "st.global.u32 [$0], $1;", (u64, u32), "l,r,~{memory}")
 ld_shared_v4_f32_if = instruction(
     "Load 4 float32 if the last argument is not 0; zeros otherwise.",
     _LOAD_IF.format("shared"), (u32, u32), "=&f,=&f,=&f,=&f,r,r,~{memory}", _F32X4)  # fmt: skip
 st_shared_v4_f32 = instruction(
-    "Store 4 float32.", "st.shared.v4.f32 [$0], {$1,$2,$3,$4};", (u32, f32, f32, f32, f32), "r,f,f,f,f,~{memory}")
+    "Store 4 float32.", "st.shared.v4.f32 [$0], {$1,$2,$3,$4};", (u32, f32, f32, f32, f32), "r,f,f,f,f,~{memory}"
+)
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 low_halves = instruction(
-    "Lower halves of two words, the first in the lower half.", "prmt.b32 $0, $1, $2, 0x5410;", (u32, u32), "=r,r,r", u32,
+    "Lower halves of two words, the first in the lower half.", "prmt.b32 $0, $1, $2, 0x5410;", (u32, u32), "=r,r,r",
+    u32,
     volatile=False)  # fmt: skip
 high_halves = instruction(
-    "Upper halves of two words, the first in the lower half.", "prmt.b32 $0, $1, $2, 0x7632;", (u32, u32), "=r,r,r", u32,
+    "Upper halves of two words, the first in the lower half.", "prmt.b32 $0, $1, $2, 0x7632;", (u32, u32), "=r,r,r",
+    u32,
     volatile=False)  # fmt: skip
 min_u32 = instruction("The lesser of two.", "min.u32 $0, $1, $2;", (u32, u32), "=r,r,r", u32, volatile=False)

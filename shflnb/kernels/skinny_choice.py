@@ -1,4 +1,4 @@
-"""The few-column product: how it is specialised (`SkinnyConfig`), split over a device (`SkinnySplit`), and chosen. Pure."""
+"""The few-column product: its specialisation (`SkinnyConfig`), its split over a device, and their choice. Pure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..errors import ArgumentError, DeviceError
 from ..formats.skinny_layout import SkinnyLayout
 from .config import EPILOGUES, smem_limit
 
-__all__ = ["MAX_N", "RECORDS_IN_FLIGHT_KB", "SkinnyConfig", "SkinnySplit", "choose_config", "choose_split", "chunks_of", "forecast", "predict_us",
-           "warps_of", "window_limit"]  # fmt: skip
+__all__ = ["MAX_N", "RECORDS_IN_FLIGHT_KB", "SkinnyConfig", "SkinnySplit", "choose_config", "choose_split",
+           "chunks_of", "forecast", "predict_us", "warps_of", "window_limit"]  # fmt: skip
 
 MAX_N = 64
 FINISHES = ("block", "cluster", "none")
@@ -30,24 +30,32 @@ class SkinnyConfig:
     depth: int
     """Records of each warp's ring: one less is in flight."""
     finish: str = "cluster"
-    """Who adds the slots of an item: "block" (one rank only), "cluster" (the ranks of a team), or "none" (a second kernel)."""
+    """Who adds the slots of an item: "block" (one rank only), "cluster" (the ranks of a team), or "none" (a second
+    kernel)."""
     slots: str = "shared"
-    """Where the pieces' sums wait: shared memory of their own, "global" memory, or, one for each warp of an owned layout,
-    the "window" once nobody reads x there."""
+    """Where the pieces' sums wait: shared memory of their own, "global" memory, or, one for each warp of an owned
+    layout, the "window" once nobody reads x there."""
     dtype: str = "float16"
     epilogue: str = "plain"
     prefetch: int = 0
     """Bytes L2 fetches around each weight it is asked for: 0 (its own choice), 128 or 256."""
     is_chained: bool = False
-    """Start before the kernel ahead in the stream is done, and let the next one do so (programmatic launch, sm_90 and newer)."""
+    """Start before the kernel ahead in the stream is done, and let the next one do so (programmatic launch, sm_90 and
+    newer)."""
 
     def __post_init__(self) -> None:
         if self.v not in (16, 32, 64, 128) or self.chunks not in (1, 2, 4, 8):
-            raise ArgumentError(f"v = {self.v}, chunks = {self.chunks}; expected v 16, 32, 64 or 128 and chunks 1, 2, 4 or 8")
+            raise ArgumentError(
+                f"v = {self.v}, chunks = {self.chunks}; expected v 16, 32, 64 or 128 and chunks 1, 2, 4 or 8"
+            )
         if self.warps not in (4, 8, 12, 16) or not 2 <= self.depth <= 9:
-            raise ArgumentError(f"warps = {self.warps}, depth = {self.depth}; expected 4, 8, 12 or 16 warps and depth 2 to 9")
+            raise ArgumentError(
+                f"warps = {self.warps}, depth = {self.depth}; expected 4, 8, 12 or 16 warps and depth 2 to 9"
+            )
         if self.finish not in FINISHES or self.slots not in SLOTS:
-            raise ArgumentError(f"finish is {self.finish!r}, slots {self.slots!r}; expected one of {FINISHES} and of {SLOTS}")
+            raise ArgumentError(
+                f"finish is {self.finish!r}, slots {self.slots!r}; expected one of {FINISHES} and of {SLOTS}"
+            )
         if self.finish == "none" and self.slots != "global":
             raise ArgumentError("a second kernel cannot see shared memory; finish='none' needs slots='global'")
         if self.dtype not in ("float16", "bfloat16"):
@@ -89,7 +97,7 @@ class SkinnyConfig:
 
     @property
     def blocks_per_sm(self) -> int:
-        """Blocks that registers must allow on an SM: two, where they are few, so that a chained kernel can start beside this one."""
+        """Blocks that registers must allow on an SM: two where they are few, for a chained kernel beside this one."""
         return 2 if self.threads <= 256 and self.accumulators <= 32 else 1
 
     def place_rows(self, rows: int) -> int:
@@ -97,9 +105,7 @@ class SkinnyConfig:
         return max(rows, 32 * self.warps * self.strips - 8) if self.slots == "window" else rows
 
     def smem_bytes(self, rows: int, slots: int, words: int) -> int:
-        """Dynamic shared memory of a block whose window has `rows` rows (a multiple of 8), whose busiest block has `slots`
-        slots and whose team's table has `words` words.
-        """
+        """Dynamic shared memory: window of `rows` rows (a multiple of 8), table of `words` words, rings, slots."""
         window = (self.place_rows(rows) + 8) * 16 * self.chunks
         return window + 4 * words + self.ring_bytes + (slots * self.slot_bytes if self.slots == "shared" else 0)
 
@@ -107,8 +113,8 @@ class SkinnyConfig:
     def name(self) -> str:
         """The kernel's name, as a profiler shows it."""
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
-        return (f"shflbw_skinny_{kind}_v{self.v}_n{8 * self.chunks}_w{self.warps}_d{self.depth}_{self.finish}_{self.slots}"
-                f"_h{self.prefetch}{'_chained' if self.is_chained else ''}_{self.epilogue}")  # fmt: skip
+        return (f"shflbw_skinny_{kind}_v{self.v}_n{8 * self.chunks}_w{self.warps}_d{self.depth}_{self.finish}"
+                f"_{self.slots}_h{self.prefetch}{'_chained' if self.is_chained else ''}_{self.epilogue}")  # fmt: skip
 
     def with_epilogue(self, epilogue: str) -> SkinnyConfig:
         """The same kernel with another epilogue."""
@@ -118,8 +124,8 @@ class SkinnyConfig:
 # --- choice: pure -----------------------------------------------------------------------------------------------------
 RECORDS_IN_FLIGHT_KB = 80  # a ring deeper than this gains nothing; H200: 4.3 TB/s times 1 us is 33 KiB an SM
 TABLE_BYTES = 4096  # shared memory left for a team's table when windows are cut
-# what choose_split counts with, H200 (2026-11): KiB per us that an SM gets from device memory, when all read; from L2; from
-# the shared memory of its cluster; of its own
+# what choose_split counts with, H200 (2026-11): KiB per us that an SM gets from device memory, when all of them read;
+# from L2; from the shared memory of its cluster; from its own
 MEMORY_KB_PER_US, L2_KB_PER_US, CLUSTER_KB_PER_US, SHARED_KB_PER_US = 32.0, 42.0, 25.0, 150.0
 CLUSTER_US, BLOCK_US = 1.0, 0.3  # the barriers around the sums
 SAME_SPLIT = 1.08  # up to this much slower, few columns share the layout, and the memory, of many
@@ -136,7 +142,7 @@ class SkinnySplit:
 
 
 def warps_of(v: int) -> int:
-    """Warps of a block: the more the shorter the records, but leaving each thread the registers that 64 columns need."""
+    """Warps of a block: the more the shorter the records; each thread keeps the registers that 64 columns need."""
     return {16: 16, 32: 12}.get(v, 8)
 
 
@@ -155,10 +161,11 @@ def window_limit(v: int, smem_limit: int, chunks: int = 8) -> int:
 def choose_split(
     steps: np.ndarray, k: int, v: int, teams_of_ranks: dict[int, int], smem_limit: int, chunks: int = 8
 ) -> SkinnySplit:
-    """The split with the least predicted time; what is best for 64 columns also serves fewer, unless it costs them much.
+    """The split with the least predicted time; what is best for 64 columns also serves fewer, if that costs little.
 
     `steps` has the 16-column steps of every group; `teams_of_ranks` says how many teams of each size run at once.
     """
+
     def cost(split: SkinnySplit, columns: int) -> float:
         return predict_us(steps, k, v, split, columns)
 
@@ -197,7 +204,10 @@ def predict_us(steps: np.ndarray, k: int, v: int, split: SkinnySplit, chunks: in
     if items > split.warps:  # not owned: pieces end with items and phases, and the last of them wait in L2
         slots = split.warps + (items - 1) * max(1, round(rows / split.window + 0.49))
     sums = slots * config.slot_bytes / 1024
-    stream = max(all_weights / MEMORY_KB_PER_US, (weights + x + (sums if items > split.warps and chunks > 2 else 0)) / L2_KB_PER_US)
+    stream = max(
+        all_weights / MEMORY_KB_PER_US,
+        (weights + x + (sums if items > split.warps and chunks > 2 else 0)) / L2_KB_PER_US,
+    )
     if split.ranks == 1:
         return stream + sums / SHARED_KB_PER_US + BLOCK_US
     return stream + sums * (split.ranks - 1) / split.ranks / CLUSTER_KB_PER_US + CLUSTER_US
@@ -206,7 +216,7 @@ def predict_us(steps: np.ndarray, k: int, v: int, split: SkinnySplit, chunks: in
 def forecast(
     steps: np.ndarray, k: int, v: int, n: int, dtype: str, capability: tuple[int, int], sm_count: int
 ) -> tuple[SkinnySplit, SkinnyConfig, int, float]:
-    """Split, kernel, its bytes of shared memory and microseconds that a device will probably take; nothing is packed for it."""
+    """Split, kernel, bytes of shared memory and microseconds that a device will probably take; packs nothing."""
     limit = smem_limit(capability)
     split = choose_split(steps, k, v, {ranks: sm_count // ranks for ranks in (1, 2, 4, 8)}, limit, chunks_of(n))
     finish = "block" if split.ranks == 1 else "cluster" if capability[0] >= 9 else "none"
@@ -217,10 +227,13 @@ def forecast(
     return split, config, min(limit, config.smem_bytes(rows, 0, 64)), predict_us(steps, k, v, split, chunks_of(n))
 
 
-def choose_config(layout: SkinnyLayout, n: int, dtype: str, smem_limit: int, finish: str, is_chained: bool) -> tuple[SkinnyConfig, bool]:
+def choose_config(
+    layout: SkinnyLayout, n: int, dtype: str, smem_limit: int, finish: str, is_chained: bool
+) -> tuple[SkinnyConfig, bool]:
     """The kernel for n columns and whether it loads a block's whole window at once.
 
-    Where two blocks fit an SM with rings of depth 4 they get no more: a chained kernel then starts beside the one before it.
+    Where two blocks fit an SM with rings of depth 4 they get no more: a chained kernel then starts beside the one
+    before it.
     """
     warps, words = layout.warps.shape[1], layout.team_table.shape[1]
     base = SkinnyConfig(layout.v, chunks_of(n), warps, 2, finish, "global", dtype, is_chained=is_chained)
@@ -235,7 +248,12 @@ def choose_config(layout: SkinnyLayout, n: int, dtype: str, smem_limit: int, fin
                 if size <= smem_limit and (slots != "shared" or depth >= min(4, wanted)):
                     for shallower in range(depth, 3, -1):
                         pair = replace(config, depth=shallower)
-                        if config.blocks_per_sm == 2 and 2 * (pair.smem_bytes(rows, layout.slots, words) + 1024) <= smem_limit + 1024:
+                        if (
+                            config.blocks_per_sm == 2
+                            and 2 * (pair.smem_bytes(rows, layout.slots, words) + 1024) <= smem_limit + 1024
+                        ):
                             return pair, is_merged
                     return config, is_merged
-    raise DeviceError(f"{n} columns do not fit {smem_limit} bytes of shared memory a block; use the kernels for many columns")
+    raise DeviceError(
+        f"{n} columns do not fit {smem_limit} bytes of shared memory a block; use the kernels for many columns"
+    )

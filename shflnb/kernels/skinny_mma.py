@@ -2,10 +2,11 @@
 
     out[row_perm[g*v:(g+1)*v], :] = values[g].T @ x[indices[g], :]          for every group g
 
-    block = rank of a team      +-- window of x, shared memory: [row][8 tokens, 16 B], swizzled, and a row of zeros
-      warp 0   ring of records  |   every record: weights straight into operand A, places -> ldmatrix.trans rows -> operand B
-      warp 1   ring of records  |   sums stay in registers until a piece ends, then go to its slot
-      ...                       +-- slots; barrier of the team; every warp adds the slots of some 16 x 8 tiles and stores them
+    block = rank of a team     +-- window of x, shared memory: [row][8 tokens, 16 B], swizzled, and a row of zeros
+      warp 0  ring of records  |   every record: weights straight into operand A,
+      warp 1  ring of records  |                 places -> ldmatrix.trans rows -> operand B;
+      ...                      |   sums stay in registers until a piece ends, then go to its slot
+                               +-- slots; barrier of the team; every warp adds the slots of some 16 x 8 tiles
 
 Each warp streams its records (see `formats.skinny_layout`) through a private ring of cp.async stages, so the main loop
 has no barrier; what a lane copies it reads itself, except for the column places. x and out are read and written through
@@ -64,10 +65,11 @@ LAST_STEP, PLACE = 0x8000, 0x7FFF
 
 
 def make_load_window(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function that brings rows k0 .. k0 + rows - 1 of x into shared memory; a thread moves 8 rows x 8 tokens at a time.
+    """Device function that brings rows k0 .. k0 + rows - 1 of x into shared memory, 8 rows x 8 tokens a thread.
 
-    Row r of the window stands at place p (see `place_of_row`): line p / (8 / chunks) of 128 bytes, and token chunk c of it
-    in 16-byte slot (p % 8) ^ (c * 8 / chunks), so that 8 neighbouring rows, as well as rows 8 apart, never share a bank.
+    Row r of the window stands at place p (see `place_of_row`): line p / (8 / chunks) of 128 bytes, and token chunk c of
+    it in 16-byte slot (p % 8) ^ (c * 8 / chunks), so that 8 neighbouring rows, as well as rows 8 apart, never share a
+    bank.
     """
     chunks, threads = config.chunks, config.threads
     shift = {1: 3, 2: 2, 4: 1, 8: 0}[chunks]  # log2 of the rows in a line of 128 bytes
@@ -109,10 +111,12 @@ def make_load_window(config: SkinnyConfig) -> Callable[..., Any]:
                         to = u32(base + ((p >> u32(shift)) << u32(7)) + (((p & u32(7)) ^ column) << u32(4)))
                         if odd == 0:
                             st_shared_v4(to, low_halves(t[j], t[4 + j]), low_halves(t[8 + j], t[12 + j]),
-                                         low_halves(t[16 + j], t[20 + j]), low_halves(t[24 + j], t[28 + j]))  # fmt: skip
+                                         low_halves(t[16 + j], t[20 + j]),
+                                         low_halves(t[24 + j], t[28 + j]))  # fmt: skip
                         else:
                             st_shared_v4(to, high_halves(t[j], t[4 + j]), high_halves(t[8 + j], t[12 + j]),
-                                         high_halves(t[16 + j], t[20 + j]), high_halves(t[24 + j], t[28 + j]))  # fmt: skip
+                                         high_halves(t[16 + j], t[20 + j]),
+                                         high_halves(t[24 + j], t[28 + j]))  # fmt: skip
             elif is_whole and (flags & u32(FEATURE_CHUNKS)) != u32(0) and u32(token + u32(8)) <= n:
                 at = x + (u64(row) * xf + u64(token)) * u64(2)
                 for j in range(8):
@@ -132,7 +136,8 @@ def make_load_window(config: SkinnyConfig) -> Callable[..., Any]:
                     to = u32(base + ((p >> u32(shift)) << u32(7)) + (((p & u32(7)) ^ column) << u32(4)))
                     r = u32(row + u32(j))
                     inside = r < k
-                    st_shared_v4(to, word_of(x, r, token, xt, xf, inside, n), word_of(x, r, u32(token + u32(2)), xt, xf, inside, n),
+                    st_shared_v4(to, word_of(x, r, token, xt, xf, inside, n),
+                                 word_of(x, r, u32(token + u32(2)), xt, xf, inside, n),
                                  word_of(x, r, u32(token + u32(4)), xt, xf, inside, n),
                                  word_of(x, r, u32(token + u32(6)), xt, xf, inside, n))  # fmt: skip
             i = u32(i + u32(threads))
@@ -141,7 +146,7 @@ def make_load_window(config: SkinnyConfig) -> Callable[..., Any]:
 
 
 def make_copy_record(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function that starts the copy of one record; every lane has 16 bytes of each strip, two lanes have the places."""
+    """Device function that starts the copy of a record; every lane has 16 bytes of each strip, two have the places."""
     strips = config.strips
     copy = cp_async_16_streamed[config.prefetch]
 
@@ -154,7 +159,7 @@ def make_copy_record(config: SkinnyConfig) -> Callable[..., Any]:
 
 
 def make_multiply_step(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function: acc += weights @ x of one record; the sums of (strip i, chunk c) start at acc[4 (i chunks + c)]."""
+    """Device function: acc += weights @ x of one record; sums of (strip i, chunk c) start at acc[4 (i chunks + c)]."""
     strips, chunks = config.strips, config.chunks
     shift = {1: 3, 2: 2, 4: 1, 8: 0}[chunks]
     mma = make_mma_m16n8k16(config.dtype)
@@ -181,9 +186,9 @@ def make_multiply_step(config: SkinnyConfig) -> Callable[..., Any]:
 def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
     """The kernel function of a config; one block for every rank of every team.
 
-    Arguments, all uint64: addresses of the layout's arrays (records, warps, windows, team_table, rows), of x, out, bias,
-    residual and the slots in global memory; token and feature strides of x, out and residual in values;
-    `sizes` = n | flags << 16 | k << 32; `shape` = ranks | phases << 16 | window rows << 32 | slots << 48; words of a team.
+    Arguments, all uint64: addresses of the layout's arrays (records, warps, windows, team_table, rows), of x, out,
+    bias, residual and the slots in global memory; token and feature strides of x, out and residual in values; `sizes` =
+    n | flags << 16 | k << 32; `shape` = ranks | phases << 16 | window rows << 32 | slots << 48; words of a team.
     """
     strips, chunks, warps, depth = config.strips, config.chunks, config.warps, config.depth
     record_bytes, slot_bytes, ring_bytes = config.record_bytes, config.slot_bytes, config.depth * config.record_bytes
@@ -230,7 +235,9 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
                 left = u32(left - u32(1))
             cp_async_commit()
         if is_cluster or is_block:
-            own_rows = load_rows(rows, first, tile, u32(items * u32(tiles_of_item)), lane)  # long before they are needed
+            own_rows = load_rows(
+                rows, first, tile, u32(items * u32(tiles_of_item)), lane
+            )  # long before they are needed
         if is_chained:
             grid_launch_dependents()
             grid_wait()
@@ -275,7 +282,7 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
                 if use == u32(ring_bytes):
                     use = u32(0)
                 multiply_step(acc, a, base, min_u32(u32((mark & u32(PLACE)) + window[2]), zero_place), lane)
-                if not is_last:
+                if not is_last:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
                     if mark & u32(LAST_STEP):
                         flush(acc, to_shared, to_global)
                         to_shared = u32(to_shared + u32(slot_bytes))

@@ -13,11 +13,16 @@ from ..formats.skinny_layout import SkinnyLayout, to_skinny
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .skinny_choice import SkinnyConfig, SkinnySplit, choose_config, choose_split, chunks_of, warps_of
 
-__all__ = ["SkinnyPlan", "SkinnyWeights", "arrays_of", "kernel_spec", "make_plan", "out_flags", "run_skinny", "skinny_plan",
-           "skinny_weights", "split_for", "sum_spec", "teams_of_ranks", "x_flags"]  # fmt: skip
+__all__ = ["SkinnyPlan", "SkinnyWeights", "arrays_of", "kernel_spec", "make_plan", "out_flags", "run_skinny",
+           "skinny_plan", "skinny_weights", "split_for", "sum_spec", "teams_of_ranks", "x_flags"]  # fmt: skip
 
 ARGUMENTS = 19
-HAS_RESIDUAL, TOKEN_CHUNKS, FEATURE_CHUNKS, OUT_PAIRS = 8, 16, 32, 64  # bits of the kernels' flags, as in epilogue.py and skinny_mma.py
+HAS_RESIDUAL, TOKEN_CHUNKS, FEATURE_CHUNKS, OUT_PAIRS = (
+    8,
+    16,
+    32,
+    64,
+)  # bits of the kernels' flags, as in epilogue.py and skinny_mma.py
 _TEAMS: dict[tuple[int, int], dict[int, int]] = {}
 _LOCK = threading.RLock()
 
@@ -52,7 +57,9 @@ def kernel_spec(config: SkinnyConfig, smem_limit: int) -> KernelSpec:
 
         return make_skinny(config)
 
-    return KernelSpec(repr(config), config.name, "skinny", make, ARGUMENTS, config.threads, smem_limit, config.blocks_per_sm)
+    return KernelSpec(
+        repr(config), config.name, "skinny", make, ARGUMENTS, config.threads, smem_limit, config.blocks_per_sm
+    )
 
 
 def sum_spec(config: SkinnyConfig) -> KernelSpec:
@@ -116,20 +123,26 @@ def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: 
     if plan is None:
         weights = skinny_weights(packed, context, stream, split_for(packed, context, n, stream))
         finish = "block" if weights.layout.ranks == 1 else "cluster" if context.has_chaining else "none"
-        config, is_merged = choose_config(weights.layout, n, packed.dtype, context.smem_limit, finish, context.has_chaining)
+        config, is_merged = choose_config(
+            weights.layout, n, packed.dtype, context.smem_limit, finish, context.has_chaining
+        )
         plan = make_plan(weights, context, config.with_epilogue(epilogue), is_merged, stream)
         packed.launch_cache[key] = plan
     return plan
 
 
-def make_plan(weights: SkinnyWeights, context: DeviceContext, config: SkinnyConfig, is_merged: bool, stream: int) -> SkinnyPlan:
+def make_plan(
+    weights: SkinnyWeights, context: DeviceContext, config: SkinnyConfig, is_merged: bool, stream: int
+) -> SkinnyPlan:
     """The launch record of a config."""
     layout = weights.layout
     kernel = context.kernel(kernel_spec(config, context.smem_limit), stream)
     rows, blocks, words = layout.window_rows(is_merged), layout.teams * layout.ranks, layout.team_table.shape[1]
     size = config.smem_bytes(rows, layout.slots, words)
     cluster = layout.ranks if config.finish == "cluster" else 1
-    kernels = [(kernel, kernel.config(blocks // cluster, cluster=cluster, smem_bytes=size, is_chained=config.is_chained))]
+    kernels = [
+        (kernel, kernel.config(blocks // cluster, cluster=cluster, smem_bytes=size, is_chained=config.is_chained))
+    ]
     if config.finish == "none":
         second = context.kernel(sum_spec(config), stream)
         kernels.append((second, second.config(blocks, smem_bytes=4 * words)))
@@ -177,14 +190,16 @@ def run_skinny(
     plain = activation is None and not bias[0] and not residual[0]
     plan = skinny_plan(call.packed, call.context, n, "plain" if plain else activation or "identity", call.stream_handle)
     flags = bias[1] | (HAS_RESIDUAL if residual[0] else 0)
-    flags |= x_flags(x_address, token_stride, feature_stride, n) | out_flags(out_address, out_token_stride, out_feature_stride)
+    flags |= x_flags(x_address, token_stride, feature_stride, n) | out_flags(
+        out_address, out_token_stride, out_feature_stride
+    )
     work, owner = 0, None
     if plan.work_bytes:
         work, _, owner = call.workspace(1, plan.work_bytes // 2)
     sizes = n | flags << 16 | call.packed.shape[1] << 32
     for kernel, launch_config in plan.kernels:
-        call.context.launch(call.stream_handle, launch_config, kernel, *plan.head, x_address, out_address, bias[0], residual[0],
-                            work, token_stride, feature_stride, out_token_stride, out_feature_stride, residual[1], residual[2],
-                            sizes, *plan.tail)  # fmt: skip
+        call.context.launch(call.stream_handle, launch_config, kernel, *plan.head, x_address, out_address, bias[0],
+                            residual[0], work, token_stride, feature_stride, out_token_stride, out_feature_stride,
+                            residual[1], residual[2], sizes, *plan.tail)  # fmt: skip
     del owner
     return plan

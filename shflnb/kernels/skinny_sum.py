@@ -1,7 +1,7 @@
 """The second half of the few-column product: slots of partial sums -> results. See `skinny_mma.py`.
 
-A slot holds the sums of one piece, [strip][chunk][lane][4 values], as mma.m16n8k16 leaves them in registers. The slots of an
-item are added in the order of its entries, whoever adds them, so that the result never changes.
+A slot holds the sums of one piece, [strip][chunk][lane][4 values], as mma.m16n8k16 leaves them in registers. The slots
+of an item are added in the order of its entries, whoever adds them, so that the result never changes.
 """
 
 from __future__ import annotations
@@ -42,17 +42,21 @@ __all__ = ["OUT_PAIRS", "make_copy_table", "make_flush", "make_load_rows", "make
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
 
-OUT_PAIRS = 64  # bit of `flags` beside those of epilogue.py: tokens of out are contiguous, features start at 4-byte boundaries
+OUT_PAIRS = (
+    64  # bit of `flags` beside those of epilogue.py: tokens of out are contiguous, features start at 4-byte boundaries
+)
 
 
 def make_flush(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function that moves the sums of a piece to its slot, [strip][chunk][lane][4 values], and starts again at 0."""
+    """Device function that moves the sums of a piece to its slot and starts again at 0."""
     tiles, is_shared = config.strips * config.chunks, config.slots != "global"
 
     def flush(acc, to_shared, to_global):
         for t in range(tiles):
             if is_shared:
-                st_shared_v4_f32(u32(to_shared + u32(512 * t)), acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3])
+                st_shared_v4_f32(
+                    u32(to_shared + u32(512 * t)), acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3]
+                )
             else:
                 st_global_v4_f32(to_global + u64(512 * t), acc[4 * t], acc[4 * t + 1], acc[4 * t + 2], acc[4 * t + 3])
             acc[4 * t] = f32(0.0)
@@ -64,14 +68,14 @@ def make_flush(config: SkinnyConfig) -> Callable[..., Any]:
 
 
 def make_store_pair(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function that adds the residual to two tokens of a row, rounds and stores them; what does not exist is skipped."""
+    """Device function that adds the residual to two tokens of a row, rounds, and stores those that exist."""
     pack, low = pack_pair[config.dtype], unpack_low[config.dtype]
     plain = config.epilogue == "plain"
 
     def store_pair(first, second, row, token, n, out, ot, of, residual, rt, rf, flags):
         if row != u32(NO_ROW) and token < n:
             has_second = u32(token + u32(1)) < n
-            if not plain:
+            if not plain:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
                 if flags & u32(HAS_RESIDUAL):
                     at = residual + (u64(row) * rf + u64(token) * rt) * u64(2)
                     first = first + low(u32(ld_global_u16(at)))
@@ -106,7 +110,7 @@ def make_load_slot(config: SkinnyConfig) -> Callable[..., Any]:
 
 
 def make_load_rows(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function: output rows of this lane in a 16 x 8 tile, NO_ROW beyond the last tile; `first` is the team's first item."""
+    """Device function: rows of this lane in a 16 x 8 tile, NO_ROW beyond the last; `first` is the team's first item."""
     tiles_of_item, chunks, item_rows = config.strips * config.chunks, config.chunks, 16 * config.strips
 
     def load_rows(rows, first, tile, tiles, lane):
@@ -122,17 +126,19 @@ def make_load_rows(config: SkinnyConfig) -> Callable[..., Any]:
 
 
 def make_sum_slots(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function: a warp adds the slots of every ranks * warps-th 16 x 8 tile of its team, in order, and stores the result.
+    """Device function: a warp adds the slots of every ranks * warps-th 16 x 8 tile, in order, and stores the result.
 
-    `table` is the team's row of the layout's `team_table` in shared memory, `tile` the warp's first. Eight slots are asked for at a time: one after
-    the other, their latencies were three quarters of a product with 64 columns (H200, 2026-11).
+    `table` is the team's row of the layout's `team_table` in shared memory, `tile` the warp's first. Eight slots are
+    asked for at a time: one after the other, their latencies were three quarters of a product with 64 columns (H200,
+    2026-11).
     """
     tiles_of_item, chunks, warps = config.strips * config.chunks, config.chunks, config.warps
     plain = config.epilogue == "plain"
     activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
     store_pair, load_slot, load_rows = make_store_pair(config), make_load_slot(config), make_load_rows(config)
 
-    def sum_slots(table, tile, low_row, high_row, ranks, lane, rows, slot_at, work_at, slots, n, out, ot, of, bias, residual,
+    def sum_slots(table, tile, low_row, high_row, ranks, lane, rows, slot_at, work_at, slots, n, out, ot, of, bias,
+                  residual,
                   rt, rf, flags):  # fmt: skip
         first = ld_shared_u32(table)
         tiles = u32(ld_shared_u32(u32(table + u32(4))) * u32(tiles_of_item))
@@ -165,8 +171,34 @@ def make_sum_slots(config: SkinnyConfig) -> Callable[..., Any]:
             low_bias, high_bias = f32(0.0), f32(0.0)
             if not plain:
                 low_bias, high_bias = load_bias(bias, low_row, flags), load_bias(bias, high_row, flags)
-            store_pair(activation(s0 + low_bias), activation(s1 + low_bias), low_row, token, n, out, ot, of, residual, rt, rf, flags)
-            store_pair(activation(s2 + high_bias), activation(s3 + high_bias), high_row, token, n, out, ot, of, residual, rt, rf, flags)
+            store_pair(
+                activation(s0 + low_bias),
+                activation(s1 + low_bias),
+                low_row,
+                token,
+                n,
+                out,
+                ot,
+                of,
+                residual,
+                rt,
+                rf,
+                flags,
+            )
+            store_pair(
+                activation(s2 + high_bias),
+                activation(s3 + high_bias),
+                high_row,
+                token,
+                n,
+                out,
+                ot,
+                of,
+                residual,
+                rt,
+                rf,
+                flags,
+            )
             low_row, high_row = next_rows[0], next_rows[1]
 
     return cuda.jit(device=True, forceinline=True)(sum_slots)
@@ -186,7 +218,7 @@ def make_copy_table(config: SkinnyConfig) -> Callable[..., Any]:
 
 
 def make_skinny_sum(config: SkinnyConfig) -> Callable[..., Any]:
-    """The second kernel of finish="none": adds the slots and stores the results; arguments and grid as for the first."""
+    """The second kernel of finish="none": slots in global memory -> results; arguments and grid as for the first."""
     slot_bytes = config.slot_bytes
     warps, tiles_of_item = config.warps, config.strips * config.chunks
     sum_slots, copy_table, wait_all = make_sum_slots(config), make_copy_table(config), cp_async_wait[0]
@@ -205,9 +237,12 @@ def make_skinny_sum(config: SkinnyConfig) -> Callable[..., Any]:
         cp_async_commit()
         wait_all()
         cuda.syncthreads()
-        own_rows = load_rows(rows, ld_shared_u32(table), tile, u32(ld_shared_u32(u32(table + u32(4))) * u32(tiles_of_item)), lane)
+        own_rows = load_rows(
+            rows, ld_shared_u32(table), tile, u32(ld_shared_u32(u32(table + u32(4))) * u32(tiles_of_item)), lane
+        )
         work_at = work + u64(u32(team * ranks * slots)) * u64(slot_bytes)
-        sum_slots(table, tile, own_rows[0], own_rows[1], ranks, lane, rows, u32(0), work_at, slots, n, out, ot, of, bias,
+        sum_slots(table, tile, own_rows[0], own_rows[1], ranks, lane, rows, u32(0), work_at, slots, n, out, ot, of,
+                  bias,
                   residual, rt, rf, flags)  # fmt: skip
 
     return skinny_sum

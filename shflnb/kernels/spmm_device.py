@@ -164,12 +164,19 @@ def plan_for(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str
         values, columns, rows = weights.memory.addresses
         launch_config = kernel.config(grid, is_chained=chosen.kernel == "sm90")
         plan = Plan(choice, kernel, launch_config, weights, memory, (values, columns, memory.addresses[0], rows))
-        if len(packed.launch_cache) > PLANS_KEPT:
-            # plans and memos are cheap to make again; weights and queues stay, since a captured graph may hold their addresses
-            for old in [k for k in packed.launch_cache if k[0] in ("plan", "memo")]:
-                packed.launch_cache.pop(old, None)
-        packed.launch_cache[key] = plan
+        _keep(packed, key, plan)
     return plan
+
+
+def _keep(packed: ShflBWMatrix, key: Any, record: Any) -> None:
+    """Keep a plan or memo, after dropping all of them where they have become many.
+
+    They are cheap to make again; weights and queues stay, since a captured graph may hold their addresses.
+    """
+    if len(packed.launch_cache) > PLANS_KEPT:
+        for old in [k for k in packed.launch_cache if k[0] in ("plan", "memo")]:
+            packed.launch_cache.pop(old, None)
+    packed.launch_cache[key] = record
 
 
 def _check_operand(view: DeviceView, packed: ShflBWMatrix, what: str, device: int) -> None:
@@ -346,7 +353,7 @@ def device_matmul(
     if config is None and has_few_columns(n):
         memo = _run_few(call, rows, out_rows, n, bias_at, res_rows, activation, out_shape)
         if quick:
-            packed.launch_cache[memo_key("matmul", x, bias, activation)] = memo
+            _keep(packed, memo_key("matmul", x, bias, activation), memo)
         return result
     keep_x, ldx = _run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
     if quick and keep_x is None:
@@ -497,7 +504,7 @@ def device_linear(
     if m and n and config is None and has_few_columns(n):
         memo = _run_few(call, _turned(_rows(view)), _turned(out_at), n, bias_at, _turned(res), activation, (*lead, m))
         if quick and (len(shape) == 2 or x.is_contiguous()):
-            packed.launch_cache[memo_key("linear", x, bias, activation)] = memo
+            _keep(packed, memo_key("linear", x, bias, activation), memo)
     elif m and n:
         _run_linear(call, view, n, out_at, bias_at, res, activation, config)
         if quick and x.is_contiguous() and min(m, n, k) > 1:

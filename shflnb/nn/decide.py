@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..errors import ArgumentError
 from ..formats.shflbw import check_block
 from .eligible import FilterFn, check_patterns, matches

@@ -63,10 +63,16 @@ def stand_in(
 
 
 def random_layer(
-    shape: tuple[int, int], block: tuple[int, int], sparsity: float, *, bias: bool, dtype: torch.dtype, device: torch.device,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    sparsity: float,
+    *,
+    bias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
     seed: int = 0,
-) -> ShflLinear:  # fmt: skip
-    """A packed layer with random rows and columns, groups as equal as `tile_k` allows: stands for one not yet pruned."""
+) -> ShflLinear:
+    """A packed layer with random rows and columns and groups as equal as `tile_k` allows."""
     (m, k), (v, tile_k) = shape, block
     rng = np.random.default_rng(seed)
     groups = -(-m // v)

@@ -269,9 +269,11 @@ class Report:
         return figure
 
 
-_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (("layer", "left"), ("m x k", "right"), ("n", "right"), ("calls", "right"), ("sparsity", "right"),
-            ("retained", "right"), ("dense us", "right"), ("sparse us", "right"), ("speedup", "right"),
-            ("decision", "left"), ("reason", "left"))  # fmt: skip
+_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+    ("layer", "left"), ("m x k", "right"), ("n", "right"), ("calls", "right"), ("sparsity", "right"),
+    ("retained", "right"), ("dense us", "right"), ("sparse us", "right"), ("speedup", "right"),
+    ("decision", "left"), ("reason", "left"),
+)  # fmt: skip
 
 
 def _cells(row: LayerReport) -> list[str]:

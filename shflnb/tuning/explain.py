@@ -91,6 +91,7 @@ class Explanation:
 KERNELS = {
     "sm90": "wgmma with producer warps and persistent blocks (spmm_sm90)",
     "sm80": "mma.sync, each block one tile (spmm_sm80)",
+    "skinny": "mma.sync, weights streamed once through private rings (skinny_mma)",
 }
 
 
@@ -194,7 +195,7 @@ def _few_columns(
     roof = half.values.nbytes / 1024 / (MEMORY_KB_PER_US * sm_count)
     return Explanation(
         m=m, k=k, n=n, v=half.v, dtype=half.dtype, density=packed.density, device=name, is_here=ordinal is not None,
-        kernel=FEW_COLUMNS_KERNEL, config=config.name,
+        kernel=KERNELS["skinny"], config=config.name,
         reason=f"few columns: weights read once by {split.teams} teams of {split.ranks} blocks", threads=config.threads,
         smem_bytes=smem_bytes, registers=None, blocks_per_sm=1, blocks=split.teams * split.ranks,
         predicted_us=LAUNCH_US + us, roof_us=roof, roof="device memory", cpu=_cpu(packed, n),

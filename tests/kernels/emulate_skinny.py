@@ -1,4 +1,5 @@
-"""The few-column kernel on NumPy: the same tables, places, fragments and order of additions, one lane's rule at a time."""
+"""The few-column kernel on NumPy: the same tables, places, fragments and order of additions, one lane's rule at a
+time."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def operand_b(chunks: int, smem: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 
 def stream(layout: SkinnyLayout, chunks: int, x: np.ndarray, merged: bool) -> np.ndarray:
-    """The slots (blocks, slots, strips, chunks, lane, 4) after all warps have streamed their records; NaN where unwritten."""
+    """The slots (blocks, slots, strips, chunks, lane, 4) after all warps have streamed their records; NaN where
+    unwritten."""
     strips, blocks, warps = layout.item_rows // 16, *layout.warps.shape[:2]
     zero = layout.window_rows(merged)
     slots = np.full((blocks, max(1, layout.slots), strips, chunks, 32, 4), np.nan)

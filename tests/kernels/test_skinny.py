@@ -1,4 +1,5 @@
-"""The few-column product without a GPU: layout round trips, the split of the work emulated, sizes, choices, compiles."""
+"""The few-column product without a GPU: layout round trips, the split of the work emulated, sizes, choices,
+compiles."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ from shflnb.kernels.skinny_choice import (
 )
 from shflnb.kernels.skinny_plan import kernel_spec, sum_spec, x_flags
 
-splits = st.tuples(st.integers(1, 5), st.sampled_from((1, 2, 3, 8)), st.sampled_from((1, 4, 8)), st.sampled_from((128, 192, 1024)))
+splits = st.tuples(
+    st.integers(1, 5), st.sampled_from((1, 2, 3, 8)), st.sampled_from((1, 4, 8)), st.sampled_from((128, 192, 1024))
+)
 
 
 def packed_of(m: int, k: int, v: int, counts: list[int], dtype: str = "float16", seed: int = 0) -> ShflBWMatrix:
@@ -63,7 +66,9 @@ def test_round_trip(packed: ShflBWMatrix, split: tuple[int, int, int, int]) -> N
         (300, 130, 128, 64, (3, 1, 4, 128), True),
     ],
 )
-def test_emulated_product_is_exact(m: int, k: int, v: int, n: int, split: tuple[int, int, int, int], merged: bool) -> None:
+def test_emulated_product_is_exact(
+    m: int, k: int, v: int, n: int, split: tuple[int, int, int, int], merged: bool
+) -> None:
     """NaN in rows of x that no group keeps, and in what the kernel never wrote, would show."""
     rng = np.random.default_rng(m + n)
     counts = [int(count) for count in rng.integers(0, k // 2, -(-m // v))]
@@ -86,7 +91,9 @@ def test_work_is_cut_evenly() -> None:
     # each piece ends once, and its slot is named by one entry
     places = layout.records[:, layout.item_rows * 16 :]
     ends = (places[:, 0] & LAST_STEP) != 0
-    team = np.repeat(np.repeat(np.arange(4), np.diff(layout.teams_ptr)), np.diff(layout.entry_ptr)[: len(layout.item_ids)])
+    team = np.repeat(
+        np.repeat(np.arange(4), np.diff(layout.teams_ptr)), np.diff(layout.entry_ptr)[: len(layout.item_ids)]
+    )
     assert ends.sum() == len(layout.entries) == len({*zip(team.tolist(), layout.entries.tolist(), strict=True)})
     assert ((places & LAST_STEP) != 0).all(axis=1).sum() == ends.sum()
 
@@ -141,7 +148,8 @@ def test_layout_refuses_what_it_cannot_hold() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"v": 48}, {"chunks": 3}, {"warps": 5}, {"depth": 1}, {"depth": 10}, {"finish": "atomics"}, {"slots": "local"},
-     {"finish": "none", "slots": "shared"}, {"finish": "none", "slots": "window"}, {"dtype": "float32"}, {"epilogue": "tanh"}, {"prefetch": 64}],
+     {"finish": "none", "slots": "shared"}, {"finish": "none", "slots": "window"}, {"dtype": "float32"},
+     {"epilogue": "tanh"}, {"prefetch": 64}],
 )  # fmt: skip
 def test_config_checks_itself(wrong: dict) -> None:
     with pytest.raises(errors.ArgumentError):
@@ -184,7 +192,7 @@ def test_how_x_is_read(address: int, token: int, feature: int, n: int, flags: in
     assert x_flags(address, token, feature, n) == flags
 
 
-# --- compiles -----------------------------------------------------------------------------------------------------------
+# --- compiles --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arch", "config"),
     [

@@ -1,0 +1,198 @@
+"""How fast is the product with 1 to 64 columns? The layers of a language model, as they run token by token.
+
+    python benchmarks/bench_skinny.py --quick --out DIR     the cases that have a bar, about a minute on an H200
+    python benchmarks/bench_skinny.py --full --out DIR      every layer, n, sparsity and v
+    python benchmarks/bench_skinny.py --device cpu          a few small cases with the host's clock
+
+`F.linear`'s meaning, token-major x and result. Weights "rotated" through copies that exceed the L2 cache twice come
+from device memory, as in a model; "warm" ones may be in L2. Dense is the better of `W @ X` and `F.linear`, timed in
+turns. GB/s counts the packed matrix once; its share of a copy that was measured in the same run stands beside it.
+Writes `<gpu>.skinny.csv` and `<gpu>.skinny.machine.json`. Exit code 1 if a result was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_spmm import Weights, checked_dense, sparse_calls
+from cases import Case, Shape, all_shapes
+from matrices import random_tensor
+from protocol import check, measure, rotations
+from records import RESULTS, Budget, Results, machine, results_name, write_machine
+
+FIELDS = (
+    "gpu", "date", "name", "m", "k", "n", "sparsity", "v", "dtype", "op", "inputs", "what", "config", "median_us",
+    "p10_us", "p90_us", "samples", "launches", "method", "sm_mhz", "dense_us", "dense_what", "speedup", "gbps",
+    "copy_gbps", "percent_of_copy", "error", "note",
+)  # fmt: skip
+COLUMNS = (1, 2, 4, 8, 16, 32, 64)
+LARGE = ((28672, 4096), (4096, 14336))
+COPY_BYTES = 1 << 30
+
+
+def bar_of(case: Case) -> float | None:
+    """The speedup over dense that a float16 case with rotated weights must reach on an H200, or None."""
+    shape, n = (case.shape.m, case.shape.k), case.shape.n
+    if case.v != 64 or case.inputs != "rotated" or case.dtype not in ("float16", "bfloat16"):
+        return None
+    if shape in LARGE:
+        if case.sparsity == 0.75:
+            return 3.3 if n <= 16 else 3.0 if n <= 32 else 2.6
+        if case.sparsity == 0.875 and n <= 16:
+            return 5.5
+        if case.sparsity == 0.5 and n <= 32:
+            return 1.7
+    elif shape in ((4096, 4096), (6144, 4096)) and case.sparsity == 0.75 and n <= 16:
+        return 2.2
+    return 1.0 if case.sparsity >= 0.6 else None
+
+
+def layers() -> list[tuple[str, int, int]]:
+    """Name, m and k of every layer of a language model in shapes.json, each size once."""
+    found = {(s.m, s.k): s.name for s in all_shapes() if s.name.startswith(("llm/", "llama"))}
+    return [(name, m, k) for (m, k), name in found.items()]
+
+
+def cases_of(level: str, device: str) -> list[Case]:
+    """What a level measures, a (m, k) at a time."""
+    if device == "cpu":
+        return [Case(Shape("small", 256, 256, n), 0.75, 64, "float32", op="linear", inputs="rotated") for n in (1, 16)]
+    found = []
+    for name, m, k in layers():
+        for n in COLUMNS if level == "full" else (1, 8, 16, 32, 64):
+            shape = Shape(name, m, k, n)
+            kinds = [(0.75, 64)]
+            if level == "full":
+                kinds += [(s, 64) for s in (0.5, 0.6, 0.875)] + [(0.75, 32), (0.75, 128)]
+            elif (m, k) in LARGE:
+                kinds += [(0.875, 64)] * (n <= 16) + [(0.5, 64)] * (n == 32) + [(0.75, 32), (0.75, 128)] * (n == 8)
+            for inputs in ("rotated", "warm"):
+                found += [Case(shape, sparsity, v, op="linear", inputs=inputs) for sparsity, v in kinds]
+                if level == "full" or n == 8:
+                    found.append(Case(shape, 0.75, 64, dtype="bfloat16", op="linear", inputs=inputs))
+    return found
+
+
+def copy_gbps(device: str) -> float | None:
+    """GB/s (read and written) of a copy that is too large for any cache; None on the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    us = measure({"copy": lambda: target.copy_(source)}, device)["copy"].median_us
+    return 2 * COPY_BYTES / us / 1e3
+
+
+def config_name(packed: Any, n: int) -> str:
+    """Name of the kernel that ran for n columns, from the launcher's records; "" where it keeps none."""
+    from shflnb.kernels.select import has_few_columns
+
+    kind, column = ("skinny plan", -(-n // 8)) if has_few_columns(n) else ("plan", n)
+    for key, plan in packed.launch_cache.items():
+        if isinstance(key, tuple) and key[0] == kind:
+            few = kind == "skinny plan"
+            if (key[2] >= column > key[2] // 2) if few else (key[2] == column and key[4] is None):
+                return str(plan.config.name if few else plan.choice.config.name)
+    return ""
+
+
+def time_group(
+    cases: Sequence[Case], weights: Weights, results: Results, common: dict[str, Any], copy: float | None
+) -> tuple[str, int]:
+    """Check and time the cases that share a dense product; a line about it, and how many results were wrong."""
+    first, device = cases[0], weights.device
+    shape, dtype = first.shape, first.dtype
+    sets = (
+        rotations(shape.m * shape.k // 4, device) if first.inputs == "rotated" else 1
+    )  # float16 at 87.5 %, the smallest
+    dense_sets = rotations(shape.m * shape.k * 2, device) if first.inputs == "rotated" else 1
+    xs = [random_tensor(shape.n, shape.k, dtype, device, 100 + i) for i in range(sets)]
+    outs = [torch.empty(shape.n, shape.m, dtype=xs[0].dtype, device=device) for _ in xs]
+    subjects, _ = checked_dense(shape, dtype, [x.t().contiguous() for x in xs[:dense_sets]], "matmul", device)
+    checked, wrong = [], 0
+    for case in cases:
+        packed = weights.packed(case)
+        calls = sparse_calls(case, packed, xs, outs)
+        reference = xs[0].float() @ weights.dense(packed).float().t()
+        error, is_right = check(calls[0], reference, dtype, poison=outs[0])
+        checked.append((case, packed, error))
+        wrong += not is_right
+        if is_right:
+            subjects[str(case)] = calls
+    timings = measure(subjects, device)
+    best = min((name for name in timings if name.startswith("dense ")), key=lambda name: timings[name].median_us)
+    common = common | {"name": shape.name, "m": shape.m, "k": shape.k, "n": shape.n, "dtype": dtype, "op": "linear",
+                       "inputs": first.inputs}  # fmt: skip
+    for name in (name for name in timings if name.startswith("dense ")):
+        results.add(common | timings[name].row() | {"what": name, "sparsity": 0})
+    parts = []
+    for case, packed, error in checked:
+        row = common | {"sparsity": case.sparsity, "v": case.v, "what": "shflnb",
+                        "config": config_name(packed, shape.n), "dense_us": round(timings[best].median_us, 3),
+                        "dense_what": best.removeprefix("dense "), "error": f"{error:.3g}"}  # fmt: skip
+        timing = timings.get(str(case))
+        if timing is None:
+            results.add(row | {"note": "wrong result: not timed"})
+            parts.append(f"v{case.v} {100 * case.sparsity:g}% WRONG")
+            continue
+        gbps, speedup = packed.nbytes / timing.median_us / 1e3, timings[best].median_us / timing.median_us
+        row |= timing.row() | {"speedup": f"{speedup:.4g}", "gbps": f"{gbps:.4g}"}
+        if copy is not None:
+            row |= {"copy_gbps": f"{copy:.4g}", "percent_of_copy": f"{100 * gbps / copy:.3g}"}
+        results.add(row)
+        bar = bar_of(case)
+        judged = "" if bar is None else f" (bar {bar}: {'ok' if speedup >= bar else 'MISSED'})"
+        parts.append(f"v{case.v} {100 * case.sparsity:g}% {timing.median_us:.1f} us {speedup:.2f}x{judged}")
+    line = f"{shape.name} {shape.m}x{shape.k}x{shape.n} {dtype} {first.inputs}: {best} {timings[best].median_us:.1f} us"
+    return f"{line} | {'; '.join(parts)}", wrong
+
+
+def run(level: str, device: str, out: Path, seconds: float) -> int:
+    """Measure a level; the exit code."""
+    budget = Budget(seconds)
+    name, before = results_name(device), machine(device)
+    copy = copy_gbps(device)
+    results = Results(out / f"{name}.skinny.csv", FIELDS)
+    common = {"gpu": name, "date": datetime.date.today().isoformat()}
+    groups: dict[tuple[Any, ...], list[Case]] = {}
+    for case in cases_of(level, device):
+        groups.setdefault((case.shape, case.dtype, case.inputs), []).append(case)
+    weights, matrix, wrong, left_out = Weights(device), None, 0, []
+    for (shape, dtype, inputs), members in groups.items():
+        if budget.is_spent:
+            left_out.append(f"{shape.m}x{shape.k}x{shape.n} {dtype} {inputs}")
+            continue
+        if (shape.m, shape.k) != matrix:
+            weights, matrix = Weights(device), (shape.m, shape.k)
+        line, failed = time_group(members, weights, results, common, copy)
+        wrong += failed
+        print(f"[{budget.used_s:5.1f} s] {line}", flush=True)
+    results.close()
+    write_machine(out / f"{name}.skinny.machine.json", before, device, budget.used_s)
+    print(f"{results.rows} rows in {results.path}, {budget.used_s:.0f} s, {wrong} wrong results")
+    if left_out:
+        print(f"time budget of {seconds:.0f} s spent; left out: {', '.join(left_out)}")
+    return 1 if wrong else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--quick", action="store_const", dest="level", const="quick", default="quick")
+    level.add_argument("--full", action="store_const", dest="level", const="full")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the JSON")
+    parser.add_argument("--budget-s", type=float, default=300.0, help="begin nothing after so many seconds")
+    given = parser.parse_args(arguments)
+    return run(given.level, given.device, given.out, given.budget_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
