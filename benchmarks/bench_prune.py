@@ -10,7 +10,8 @@ seeds), `identity` the rows as given; gains are relative to `paper` under the sa
 a Shfl-BW pattern, and its retained score is computed anew in float64, before anything is reported.
 
 Time: in the table of qualities CPU seconds; on large matrices wall time of one call in a process of its own on the CPU,
-whose peak memory is reported as a multiple of the weight's float32 size (the weight itself not counted).
+whose peak memory is reported as a multiple of the weight's float32 size (the weight itself not counted). `load` is the
+machine's load average before the call.
 
 Bars (issue 3): trained, v = 32 and 64: geometric mean of refined / paper at least 1.04, never below the better of
 identity and paper; 4096 x 4096, v = 64: 15 s on two cores, 1.5 s on an H200; 14336 x 4096: 90 s and 5 s; memory under
@@ -44,7 +45,7 @@ QUALITY_FIELDS = [
     "fast", "default", "best", "default_over_paper", "default_over_identity",
     "paper_cpu_s", "fast_cpu_s", "default_cpu_s", "best_cpu_s",
 ]  # fmt: skip
-TIME_FIELDS = ["device", "m", "k", "v", "search", "quality", "retained", "seconds", "cpu_seconds", "memory_x"]
+TIME_FIELDS = ["device", "m", "k", "v", "search", "quality", "retained", "seconds", "cpu_seconds", "load", "memory_x"]
 LARGE = [(4096, 4096), (14336, 4096)]
 BARS_S = {("cpu", 4096): 15.0, ("cpu", 14336): 90.0, ("cuda", 4096): 1.5, ("cuda", 14336): 5.0}
 
@@ -161,7 +162,7 @@ def large_weight(m: int, k: int) -> np.ndarray:
 
 def time_one(m: int, k: int, search: str, quality_name: str) -> dict[str, Any]:
     """One call on the CPU; meant to run in a process of its own, so that the peak memory is its own."""
-    w = large_weight(m, k)
+    w, load = large_weight(m, k), os.getloadavg()[0]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resident = _resident_bytes()
     start, cpu = time.perf_counter(), time.process_time()
@@ -171,7 +172,7 @@ def time_one(m: int, k: int, search: str, quality_name: str) -> dict[str, Any]:
     return {
         "device": results_name("cpu"), "m": m, "k": k, "v": 64, "search": search, "quality": quality_name,
         "retained": f"{checked(w, result):.5f}", "seconds": f"{seconds:.2f}", "cpu_seconds": f"{cpu:.2f}",
-        "memory_x": f"{(peak - resident) / w.nbytes:.2f}",
+        "load": f"{load:.1f}", "memory_x": f"{(peak - resident) / w.nbytes:.2f}",
     }  # fmt: skip
 
 
@@ -197,7 +198,8 @@ def time_cpu(path: Path) -> None:
 def _show_time(row: dict[str, Any], bar: float) -> None:
     print(
         f"{row['m']}x{row['k']} v{row['v']} {row['search']:>8} {row['quality']:>8}: {row['seconds']} s "
-        f"(bar {bar:g} s), retained {row['retained']}, memory {row['memory_x']}x",
+        f"(bar {bar:g} s), CPU {row['cpu_seconds']} s at load {row['load']}, retained {row['retained']}, "
+        f"memory {row['memory_x']}x",
         flush=True,
     )
 
@@ -224,7 +226,7 @@ def time_cuda(folder: Path) -> None:
             row = {
                 "device": name, "m": m, "k": k, "v": 64, "search": search, "quality": quality_name,
                 "retained": f"{checked(w, result):.5f}", "seconds": f"{seconds:.3f}", "cpu_seconds": f"{cpu:.3f}",
-                "memory_x": f"{memory:.2f}",
+                "load": f"{os.getloadavg()[0]:.1f}", "memory_x": f"{memory:.2f}",
             }  # fmt: skip
             results.add(row)
             rows.append((row, BARS_S["cuda", m]))

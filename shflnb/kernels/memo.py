@@ -84,7 +84,7 @@ def quick_matmul(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None
     address = x.data_ptr()
     if address & 15:
         return None
-    if type(memo) is FewColumnsMemo:
+    if isinstance(memo, FewColumnsMemo):
         return _quick_few(memo, x, address, bias)
     out = x.new_empty(memo.out_shape)
     memo.context.launch(
@@ -113,7 +113,7 @@ def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None
     address = x.data_ptr()
     if address & 15:
         return None
-    if type(memo) is FewColumnsMemo:
+    if isinstance(memo, FewColumnsMemo):
         return _quick_few(memo, x, address, bias)
     launch, stream = memo.context.launch, torch_stream(memo.context.ordinal)
     turned = x.new_empty((memo.k, memo.ld))

@@ -52,9 +52,10 @@ def _few_columns(arch: str) -> Iterator[KernelSpec]:
     for v in (16, 32, 64, 128):
         warps = warps_of(v)
         for chunks in (1, 2, 4, 8):
-            finishes = [("block", slots) for slots in ("window", "shared", "global")]
-            finishes += [("cluster", slots) for slots in ("window", "shared", "global")] if has_clusters else [("none", "global")]
-            for finish, slots in finishes:
+            places = ("window", "shared", "global")
+            pairs = [("block", slots) for slots in places]
+            pairs += [("cluster", slots) for slots in places] if has_clusters else [("none", "global")]
+            for finish, slots in pairs:
                 for dtype in ("float16", "bfloat16"):
                     for epilogue in EPILOGUES:
                         shallow = SkinnyConfig(

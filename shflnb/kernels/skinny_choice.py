@@ -48,9 +48,9 @@ class SkinnyConfig:
             raise ArgumentError(
                 f"v = {self.v}, chunks = {self.chunks}; expected v 16, 32, 64 or 128 and chunks 1, 2, 4 or 8"
             )
-        if self.warps not in (4, 8, 12, 16) or not 2 <= self.depth <= 9:
+        if self.warps not in (4, 8, 10, 12, 16) or not 2 <= self.depth <= 9:
             raise ArgumentError(
-                f"warps = {self.warps}, depth = {self.depth}; expected 4, 8, 12 or 16 warps and depth 2 to 9"
+                f"warps = {self.warps}, depth = {self.depth}; expected 4, 8, 10, 12 or 16 warps and depth 2 to 9"
             )
         if self.finish not in FINISHES or self.slots not in SLOTS:
             raise ArgumentError(
@@ -143,7 +143,7 @@ class SkinnySplit:
 
 def warps_of(v: int) -> int:
     """Warps of a block: the more the shorter the records; each thread keeps the registers that 64 columns need."""
-    return {16: 16, 32: 12}.get(v, 8)
+    return 10 if v <= 32 else 8
 
 
 def chunks_of(n: int) -> int:

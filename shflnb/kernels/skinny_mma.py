@@ -196,6 +196,7 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
     is_cluster, is_block = config.finish == "cluster", config.finish == "block"
     is_shared, is_last = config.slots == "shared", config.slots == "window"
     is_chained = config.is_chained
+    is_early = (is_cluster or is_block) and config.threads <= 256  # more threads have too few registers to hold rows
     load_window, copy_record, copy_table = make_load_window(config), make_copy_record(config), make_copy_table(config)
     multiply_step, flush, sum_slots = make_multiply_step(config), make_flush(config), make_sum_slots(config)
     wait_oldest, wait_all, load_rows = cp_async_wait[depth - 2], cp_async_wait[0], make_load_rows(config)
@@ -223,7 +224,8 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
         if is_cluster or is_block:
             team_at = team_table + u64(team) * team_words * u64(4)
             copy_table(table, team_at, u32(team_words), tid)
-            first, items = ld_global_nc_u32(team_at), ld_global_nc_u32(team_at + u64(4))
+            if is_early:
+                first, items = ld_global_nc_u32(team_at), ld_global_nc_u32(team_at + u64(4))
         ring = u32(rings + warp * u32(ring_bytes) + lane * u32(16))
         source = records + u64(head[0]) * u64(record_bytes) + u64(lane) * u64(16)
         has_places = u32(1) if lane < u32(2) else u32(0)
@@ -234,10 +236,8 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
                 source += u64(record_bytes)
                 left = u32(left - u32(1))
             cp_async_commit()
-        if is_cluster or is_block:
-            own_rows = load_rows(
-                rows, first, tile, u32(items * u32(tiles_of_item)), lane
-            )  # long before they are needed
+        if is_early:  # rows may come from device memory: asked for long before they are needed
+            own_rows = load_rows(rows, first, tile, u32(items * u32(tiles_of_item)), lane)
         if is_chained:
             grid_launch_dependents()
             grid_wait()
@@ -293,6 +293,10 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
                 flush(acc, to_shared, to_global)
         if is_cluster or is_block:
             wait_all()
+            if not is_early:
+                first = ld_global_nc_u32(team_table + u64(team) * team_words * u64(4))
+                items = ld_global_nc_u32(team_table + u64(team) * team_words * u64(4) + u64(4))
+                own_rows = load_rows(rows, first, tile, u32(items * u32(tiles_of_item)), lane)
             if is_cluster:
                 cluster_arrive()
                 cluster_wait()

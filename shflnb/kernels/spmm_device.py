@@ -351,9 +351,9 @@ def device_matmul(
         return result
     call = _Call(packed, x, view)
     if config is None and has_few_columns(n):
-        memo = _run_few(call, rows, out_rows, n, bias_at, res_rows, activation, out_shape)
+        few = _run_few(call, rows, out_rows, n, bias_at, res_rows, activation, out_shape)
         if quick:
-            _keep(packed, memo_key("matmul", x, bias, activation), memo)
+            _keep(packed, memo_key("matmul", x, bias, activation), few)
         return result
     keep_x, ldx = _run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
     if quick and keep_x is None:
@@ -502,9 +502,9 @@ def device_linear(
             out_flat = new_matrix(n, m, flat, packed.dtype)
         out_at = _rows(device_view(out_flat, what="out"))
     if m and n and config is None and has_few_columns(n):
-        memo = _run_few(call, _turned(_rows(view)), _turned(out_at), n, bias_at, _turned(res), activation, (*lead, m))
+        few = _run_few(call, _turned(_rows(view)), _turned(out_at), n, bias_at, _turned(res), activation, (*lead, m))
         if quick and (len(shape) == 2 or x.is_contiguous()):
-            _keep(packed, memo_key("linear", x, bias, activation), memo)
+            _keep(packed, memo_key("linear", x, bias, activation), few)
     elif m and n:
         _run_linear(call, view, n, out_at, bias_at, res, activation, config)
         if quick and x.is_contiguous() and min(m, n, k) > 1:

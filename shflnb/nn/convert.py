@@ -20,7 +20,7 @@ from .eligible import Candidate, FilterFn, find_layers, replace_module, turn_off
 from .facts import compute_dtype, facts_of, stand_in, unsupported
 from .hf import attach, is_pretrained
 from .measure import call_us, device_name
-from .modules import SharedInput, ShflLinear
+from .modules import SHARE_ON, SharedInput, ShflLinear
 from .observe import Observation, call_model, evaluation, observe
 from .planner import Plan, components, plan
 from .report import LayerReport, Report
@@ -334,7 +334,7 @@ class _Work:
             assert isinstance(layer, ShflLinear), "replaced in _commit"
             if self.is_planned and name in self.seen.calls:
                 layer.layout = layout.layout(name)
-                self.rows[name].layout = _layout_text(name, layout)
+                self.rows[name].layout = _layout_text(name, layout, layer.values.device.type in SHARE_ON)
         for group in layout.shared:
             shared = SharedInput(len(group))
             for name in group:
@@ -386,11 +386,11 @@ class _Work:
         )  # fmt: skip
 
 
-def _layout_text(name: str, layout: Plan) -> str:
+def _layout_text(name: str, layout: Plan, is_shared: bool) -> str:
     into = "feature" if name in layout.feature_in else "token"
     readers = layout.readers(name)
     text = f"{into} -> {layout.layout(name)}"
-    return f"{text}, input transposed once for {readers}" if readers > 1 else text
+    return f"{text}, input transposed once for {readers}" if readers > 1 and is_shared else text
 
 
 def _listed(ignore: Sequence[str]) -> Sequence[str]:

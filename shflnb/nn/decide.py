@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from ..formats.shflbw import check_block
 from .eligible import FilterFn, check_patterns, matches
 from .facts import Facts
-from .measure import TIMINGS, call_us, dense_call, sparse_call, transpose_us
+from .measure import COLD_BELOW, TIMINGS, call_us, dense_call, sparse_call, transpose_us
 from .modules import SHARE_ON, ShflLinear
 from .observe import Observation
 from .op import FEW_TOKENS
@@ -112,7 +112,7 @@ class Timer:
         key = ("dense", tuple(w.shape), n, facts.dtype, w.device, facts.bias is not None, activation)
         if key not in self._known:
             calls = dense_call(w, facts.bias, n, facts.dtype, activation)
-            self._known[key] = call_us(calls, w.device, self.timing)
+            self._known[key] = call_us(calls, w.device, self.timing, is_cold=n < COLD_BELOW)
         return self._known[key]
 
     def _sparse(
@@ -127,7 +127,7 @@ class Timer:
             calls = sparse_call(
                 layer, n, facts.dtype, feature_in=feature_in or shares, layout=out, activation=activation
             )
-            self._known[key] = call_us(calls, device, self.timing)
+            self._known[key] = call_us(calls, device, self.timing, is_cold=n < COLD_BELOW)
         return self._known[key] + (self._transpose(n, k, layer, facts.dtype) / readers if shares else 0.0)
 
     def _transpose(self, n: int, k: int, layer: ShflLinear, dtype: torch.dtype) -> float:

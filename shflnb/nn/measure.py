@@ -4,7 +4,8 @@
     timing="graph"   replays of a CUDA graph: the kernels alone
 
 A small weight that is multiplied again and again stays in the cache, which it does not do between two passes of a
-model. So for few tokens the calls rotate over copies of the layer that together exceed the cache.
+model. So few tokens are timed *cold*: on a GPU something else is read through the cache before each call, and the time
+of that alone is taken off; on the CPU the calls rotate over copies of the layer that together exceed the cache.
 """
 
 from __future__ import annotations
@@ -24,17 +25,33 @@ from .layout import to_feature_major
 from .modules import ShflLinear
 from .op import activate, turned
 
-__all__ = ["TIMINGS", "call_us", "dense_call", "device_name", "sparse_call", "synchronize", "transpose_us"]
+__all__ = [
+    "COLD_BELOW",
+    "TIMINGS",
+    "call_us",
+    "dense_call",
+    "device_name",
+    "sparse_call",
+    "synchronize",
+    "transpose_us",
+]
 
 TIMINGS = ("eager", "graph")
-_ROUNDS, _SECONDS = 7, 0.12
-_CACHE_BYTES = {"cuda": 150 << 20, "cpu": 64 << 20}
-_ROTATE_BELOW = 512
+_ROUNDS = 7
+_SECONDS = {"cuda": 0.04, "cpu": 0.12}
+_CPU_CACHE_BYTES = 64 << 20
+COLD_BELOW = 512
 """Tokens from which on a layer is bound by arithmetic, so that the place of its weights does not matter."""
+_COLD_CALLS, _COLD_ROUNDS = 20, 11
 
 
 def call_us(
-    calls: Sequence[Callable[[], Any]], device: torch.device, timing: str = "eager", *, seconds: float = _SECONDS
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    timing: str = "eager",
+    *,
+    is_cold: bool = False,
+    seconds: float | None = None,
 ) -> float:
     """Microseconds of one call: the mean over a round of calls taken in turn, of all rounds the median.
 
@@ -43,31 +60,69 @@ def call_us(
     Parameters
     ----------
     calls : callables of the same work on different memory
-        One is enough where caching does not matter.
+        One is enough on a GPU, and where caching does not matter.
     device : torch.device
     timing : "eager" or "graph"
         "graph" needs a CUDA device; on the CPU both are a loop.
-    seconds : float
+    is_cold : bool
+        On a GPU: let each call find its weights in memory, not in the cache. In a loop of eager calls the host's cost
+        counts where it is longer.
+    seconds : float, optional
         About how long to measure.
     """
     if timing not in TIMINGS:
         raise ArgumentError(f"timing is {timing!r}; expected one of {', '.join(TIMINGS)}")
+    seconds = _SECONDS.get(device.type, 0.12) if seconds is None else seconds
     with torch.no_grad():
-        for call in calls:
-            call()
-        synchronize(device)
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        synchronize(device)
-        once = max((time.perf_counter() - start) / len(calls), 1e-7)
-        turns = max(1, min(200, round(seconds / _ROUNDS / once / len(calls))))
-        run, per_run = _runner(calls, turns, device, timing)
-        run()
-        # A whole model that takes seconds is not run seven times.
-        rounds = _ROUNDS if once * _ROUNDS < 20 * seconds else 3
-        times = [_timed(run, device) for _ in range(rounds)]
-        return (min(times) if device.type == "cpu" else statistics.median(times)) / per_run * 1e6
+        once = _once(calls, device)
+        if is_cold and device.type == "cuda":
+            cold = _cold_us(calls[0], device)
+            return cold if timing == "graph" else max(cold, _loop_us(calls, device, "eager", seconds, once))
+        return _loop_us(calls, device, timing, seconds, once)
+
+
+def _once(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
+    """Seconds of a call, roughly, after one to warm up."""
+    for call in calls:
+        call()
+    synchronize(device)
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    synchronize(device)
+    return max((time.perf_counter() - start) / len(calls), 1e-7)
+
+
+def _loop_us(
+    calls: Sequence[Callable[[], Any]], device: torch.device, timing: str, seconds: float, once: float
+) -> float:
+    turns = max(1, min(200, round(seconds / _ROUNDS / once / len(calls))))
+    run, per_run = _runner(calls, turns, device, timing)
+    run()
+    # A whole model that takes seconds is not run seven times.
+    rounds = _ROUNDS if once * _ROUNDS < 2.5 else 3
+    times = [_timed(run, device) for _ in range(rounds)]
+    return (min(times) if device.type == "cpu" else statistics.median(times)) / per_run * 1e6
+
+
+def _cold_us(call: Callable[[], Any], device: torch.device) -> float:
+    """Device microseconds of a call whose operands are not in the cache, by the difference of two CUDA graphs."""
+    cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    # Read, not written: dirty lines would have to go back to memory while the call runs.
+    other = torch.zeros(2 * cache // 4, device=device)
+
+    def sweep() -> None:
+        other.sum()
+
+    def sweep_and_call() -> None:
+        other.sum()
+        call()
+
+    with_call, _ = _runner([sweep_and_call], _COLD_CALLS, device, "graph")
+    without, _ = _runner([sweep], _COLD_CALLS, device, "graph")
+    with_call(), without()
+    differences = [_timed(with_call, device) - _timed(without, device) for _ in range(_COLD_ROUNDS)]
+    return max(0.5, statistics.median(differences) / _COLD_CALLS * 1e6)
 
 
 def _runner(
@@ -122,9 +177,9 @@ def _input(n: int, k: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def _copies(n: int, nbytes: int, device: torch.device) -> int:
-    if n >= _ROTATE_BELOW:
+    if n >= COLD_BELOW or device.type != "cpu":
         return 1
-    return max(1, min(16, -(-_CACHE_BYTES.get(device.type, 0) // max(1, nbytes))))
+    return max(1, min(16, -(-_CPU_CACHE_BYTES // max(1, nbytes))))
 
 
 def dense_call(
@@ -176,4 +231,4 @@ def _detached(layer: ShflLinear) -> ShflLinear:
 def transpose_us(n: int, k: int, like: torch.Tensor, dtype: torch.dtype, timing: str) -> float:
     """Microseconds to make a token-major (n, k) tensor feature-major."""
     x = _input(n, k, like, dtype)
-    return call_us([lambda: turned(x)], like.device, timing, seconds=_SECONDS / 3)
+    return call_us([lambda: turned(x)], like.device, timing)

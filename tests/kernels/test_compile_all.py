@@ -85,7 +85,7 @@ def inspect(arch: str, key: str) -> Inspection:
 def tiling_of(spec: KernelSpec) -> str:
     """The kernel's name without dtype and epilogue; of the few-column kernels, also without depth and place of sums."""
     name = re.sub(r"_(bf16|f16|plain|identity|relu|gelu|silu)(?=_|$)", "", spec.name)
-    return re.sub(r"_(shared|global|d\d)(?=_)", "", name) if spec.family == "skinny" else name
+    return re.sub(r"_(window|shared|global|d\d)(?=_)", "", name) if spec.family == "skinny" else name
 
 
 @functools.cache

@@ -197,14 +197,14 @@ def test_how_x_is_read(address: int, token: int, feature: int, n: int, flags: in
     ("arch", "config"),
     [
         ("sm_80", SkinnyConfig(64, 8, 8, 4, "none", "global", "bfloat16", "gelu")),
-        ("sm_89", SkinnyConfig(16, 1, 16, 5, "block", "shared")),
+        ("sm_89", SkinnyConfig(16, 2, 10, 5, "block", "window")),
         ("sm_90", SkinnyConfig(64, 8, 8, 5, "cluster", "global", "float16", "silu", is_chained=True)),
         ("sm_90", SkinnyConfig(128, 1, 8, 5, "cluster", "shared", "bfloat16", is_chained=True)),
         ("sm_90", SkinnyConfig(64, 8, 8, 4, "cluster", "window", "bfloat16", "gelu", is_chained=True)),
         ("sm_90", SkinnyConfig(64, 2, 8, 5, "block", "window", "float16", "silu", is_chained=True)),
-        ("sm_90", SkinnyConfig(32, 8, 12, 4, "cluster", "window", "float16", "gelu", is_chained=True)),
-        ("sm_100", SkinnyConfig(32, 8, 12, 5, "cluster", "global", "float16", "gelu", is_chained=True)),
-        ("sm_120", SkinnyConfig(32, 2, 12, 5, "cluster", "shared", "float16", "relu", is_chained=True)),
+        ("sm_90", SkinnyConfig(32, 8, 10, 4, "cluster", "window", "float16", "gelu", is_chained=True)),
+        ("sm_100", SkinnyConfig(32, 8, 10, 5, "cluster", "global", "float16", "gelu", is_chained=True)),
+        ("sm_120", SkinnyConfig(32, 2, 10, 5, "cluster", "shared", "float16", "relu", is_chained=True)),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )

@@ -17,5 +17,5 @@ def test_code_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), scope)
     out = capsys.readouterr().out
-    assert "feature gelu token" in out and "4 of 4" not in out and "3 of 4 layers sparse" in out
+    assert "feature gelu token" in out and "3 of 3 layers sparse" in out
     assert "activation=gelu" in out.splitlines()[-1]

@@ -45,14 +45,15 @@ def sparsified(make: Callable[[], Any]) -> tuple[Any, Any]:
 @pytest.mark.parametrize("make", [bert, llama])
 def test_which_layers_become_sparse(make: Callable[[], Any], fixed_times: Callable[..., None]) -> None:
     fixed_times()
-    _, report = sparsified(make)
+    model, report = sparsified(make)
     per_layer = 6 if make is bert else 7
     assert sum("layer" in row.name for row in report.sparse) == 2 * per_layer
     head = report["cls.predictions.decoder" if make is bert else "lm_head"]
     assert head.decision == "dense" and ("tied" in head.reason or "output head" in head.reason)
     mlp = report["bert.encoder.layer.0.intermediate.dense" if make is bert else "model.layers.1.mlp.gate_proj"]
     assert mlp.layout.startswith("token -> feature") and mlp.fused == ("gelu" if make is bert else "silu")
-    assert "once for 3" in next(row.layout for row in report.sparse if row.name.endswith(("query", "q_proj")))
+    query = next(row.name for row in report.sparse if row.name.endswith(("query", "q_proj")))
+    assert model.get_submodule(query).shared.readers == 3
 
 
 @pytest.mark.parametrize("make", [bert, llama])

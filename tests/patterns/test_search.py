@@ -59,7 +59,7 @@ def test_under_heavy_noise_the_search_keeps_at_least_what_the_planted_pattern_ke
 ) -> None:
     w, mask = planted(256, 128, 32, noise, seed=5)
     truth = abs(w[mask]).sum() / abs(w).sum()
-    assert prune(w, block=(32, 16), round_to_tile=False).retained >= truth
+    assert prune(w, block=(32, 16), round_to_tile=False).retained >= truth * (1 - 1e-6)
 
 
 CASES = {
