@@ -185,7 +185,12 @@ def _machine_pairs(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("CUDA driver", ".".join(map(str, cuda["version"])) if cuda["version"] else "none"),
     ]
     made = report["assembler"]
-    pairs.append(("GPU code", f"assembled by {made['used'] or 'nothing here'}" + (f" ({made['problem']})" if made["problem"] else "")))
+    pairs.append(
+        (
+            "GPU code",
+            f"assembled by {made['used'] or 'nothing here'}" + (f" ({made['problem']})" if made["problem"] else ""),
+        )
+    )
     for number, gpu in enumerate(cuda["devices"]):
         capability = ".".join(map(str, gpu["capability"]))
         memory = f"{gpu['memory'] / 2**30:.0f} GiB"

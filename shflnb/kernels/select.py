@@ -45,7 +45,9 @@ _SM80_TILES = {
     16: ((256, 32, 4, 2), (128, 32, 4, 4), (64, 32, 4, 4)),
 }
 
-FEW_COLUMNS = 16  # up to here the few-column kernel is taken
+# Up to here the few-column kernel is taken. Off: its first version was right on an H200 in 840 cases (2026-11-22), but the
+# staging of x has been rewritten since and has not run on a GPU; 16 is the crossover that version had.
+FEW_COLUMNS = 0
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from ..errors import ArgumentError, DeviceError
 from ..formats.skinny_layout import SkinnyLayout
 from .config import EPILOGUES, smem_limit
 
-__all__ = ["MAX_N", "RECORDS_IN_FLIGHT_KB", "SkinnyConfig", "SkinnySplit", "choose_config", "choose_split",
-           "chunks_of", "forecast", "predict_us", "warps_of", "window_limit"]  # fmt: skip
+__all__ = ["MAX_N", "PAIR_BYTES", "RECORDS_IN_FLIGHT_KB", "SkinnyConfig", "SkinnySplit", "choose_config",
+           "choose_split", "chunks_of", "forecast", "predict_us", "warps_of", "window_limit"]  # fmt: skip
 
 MAX_N = 64
 FINISHES = ("block", "cluster", "none")
@@ -98,7 +98,7 @@ class SkinnyConfig:
     @property
     def blocks_per_sm(self) -> int:
         """Blocks that registers must allow on an SM: two where they are few, for a chained kernel beside this one."""
-        return 2 if self.threads <= 256 and self.accumulators <= 32 else 1
+        return 2 if self.threads <= 256 and self.accumulators <= 16 else 1
 
     def place_rows(self, rows: int) -> int:
         """Where the row of zeros stands: after a window of `rows` rows, and where the slots of all warps end."""
@@ -123,6 +123,7 @@ class SkinnyConfig:
 
 # --- choice: pure -----------------------------------------------------------------------------------------------------
 RECORDS_IN_FLIGHT_KB = 80  # a ring deeper than this gains nothing; H200: 4.3 TB/s times 1 us is 33 KiB an SM
+PAIR_BYTES = 200 * 1024  # shared memory of a block, on devices whose SM can hold two of these blocks
 TABLE_BYTES = 4096  # shared memory left for a team's table when windows are cut
 # what choose_split counts with, H200 (2026-11): KiB per us that an SM gets from device memory, when all of them read;
 # from L2; from the shared memory of its cluster; from its own
@@ -250,6 +251,7 @@ def choose_config(
                         pair = replace(config, depth=shallower)
                         if (
                             config.blocks_per_sm == 2
+                            and smem_limit >= PAIR_BYTES
                             and 2 * (pair.smem_bytes(rows, layout.slots, words) + 1024) <= smem_limit + 1024
                         ):
                             return pair, is_merged

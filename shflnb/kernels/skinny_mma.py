@@ -196,7 +196,8 @@ def make_skinny(config: SkinnyConfig) -> Callable[..., Any]:
     is_cluster, is_block = config.finish == "cluster", config.finish == "block"
     is_shared, is_last = config.slots == "shared", config.slots == "window"
     is_chained = config.is_chained
-    is_early = (is_cluster or is_block) and config.threads <= 256  # more threads have too few registers to hold rows
+    # more threads, or more sums a thread, leave too few registers to hold the rows
+    is_early = (is_cluster or is_block) and config.threads <= 256 and chunks < 8
     load_window, copy_record, copy_table = make_load_window(config), make_copy_record(config), make_copy_table(config)
     multiply_step, flush, sum_slots = make_multiply_step(config), make_flush(config), make_sum_slots(config)
     wait_oldest, wait_all, load_rows = cp_async_wait[depth - 2], cp_async_wait[0], make_load_rows(config)

@@ -11,7 +11,7 @@ import numpy as np
 from ..formats.shflbw import ShflBWMatrix
 from ..formats.skinny_layout import SkinnyLayout, to_skinny
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
-from .skinny_choice import SkinnyConfig, SkinnySplit, choose_config, choose_split, chunks_of, warps_of
+from .skinny_choice import PAIR_BYTES, SkinnyConfig, SkinnySplit, choose_config, choose_split, chunks_of, warps_of
 
 __all__ = ["SkinnyPlan", "SkinnyWeights", "arrays_of", "kernel_spec", "make_plan", "out_flags", "run_skinny",
            "skinny_plan", "skinny_weights", "split_for", "sum_spec", "teams_of_ranks", "x_flags"]  # fmt: skip
@@ -57,9 +57,8 @@ def kernel_spec(config: SkinnyConfig, smem_limit: int) -> KernelSpec:
 
         return make_skinny(config)
 
-    return KernelSpec(
-        repr(config), config.name, "skinny", make, ARGUMENTS, config.threads, smem_limit, config.blocks_per_sm
-    )
+    blocks = config.blocks_per_sm if smem_limit >= PAIR_BYTES else 1
+    return KernelSpec(repr(config), config.name, "skinny", make, ARGUMENTS, config.threads, smem_limit, blocks)
 
 
 def sum_spec(config: SkinnyConfig) -> KernelSpec:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,6 +125,21 @@ class Side(NamedTuple):
     finish: Any
 
 
+def _own(config: Config) -> Callable[[Callable[..., Any]], Any]:
+    """`njit` under a name of the config's own.
+
+    Numba names machine code by qualified name, argument types and a counter that starts anew in every process. Kernels
+    of two configs that two processes put into the disk cache would share the names of their inner functions, and a
+    third process that loads both would run one of them for either.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        function.__name__ = function.__qualname__ = f"{function.__name__}_{config.name}"
+        return njit(**_FAST)(function)
+
+    return decorate
+
+
 def make_feature_side(config: Config) -> Side:
     """Slabs (k, width), vectors along n, accumulators (v, width)."""
     scalars, lanes = config.scalars, config.lanes
@@ -131,13 +147,13 @@ def make_feature_side(config: Config) -> Side:
     runs = make_runs(config.storage == "half")
     load_block, finish_rows = runs.load_block, runs.finish_rows
 
-    @njit(**_FAST)
+    @_own(config)
     def load_slab(slab, width, x, c0, cols, form):
         load_block(slab, width, x, 0, x.shape[0], c0, cols, form)
         for i in range(x.shape[0] if cols % lanes else 0):
             slab[i * width + cols : i * width + (cols + lanes - 1) // lanes * lanes] = 0
 
-    @njit(**_FAST)
+    @_own(config)
     def add_chunk(slab, width, x, cols, source, at, v, rows, kept, acc, fresh):
         """acc[r, c] += the chunk's product (= if fresh), panel by panel of 3, 2 or 1 vectors."""
         c = 0
@@ -154,7 +170,7 @@ def make_feature_side(config: Config) -> Side:
                     tile_1(x_rows, weights, kept, to, fresh)
             c += vectors * lanes
 
-    @njit(**_FAST)
+    @_own(config)
     def finish(acc, width, v, cols, places, c0, out, bias, residual, activation, form):
         finish_rows(acc, width, cols, places, c0, out, bias, residual, activation, form)
 
@@ -170,13 +186,13 @@ def make_token_side(config: Config) -> Side:
     runs = make_runs(config.storage == "half")
     load_block, finish_columns = runs.load_block, runs.finish_columns
 
-    @njit(**_FAST)
+    @_own(config)
     def slab_steps(x, cols):
         """Distances in the slab between the kept columns and between the tokens."""
         by_token = x.shape[1] == 1 or abs(x.strides[0]) <= abs(x.strides[1])
         return (1, x.shape[0] + PAD) if by_token else (cols, 1)
 
-    @njit(**_FAST)
+    @_own(config)
     def load_slab(slab, width, x, c0, cols, form):
         column_step, token_step = slab_steps(x, cols)
         if column_step == 1:
@@ -184,7 +200,7 @@ def make_token_side(config: Config) -> Side:
         else:
             load_block(slab, column_step, x, 0, x.shape[0], c0, cols, form)
 
-    @njit(**_FAST)
+    @_own(config)
     def add_chunk(slab, width, x, cols, source, at, v, rows, kept, acc, fresh):
         """acc[t, r] += the chunk's product (= if fresh), a few tokens at a time."""
         column_step, token_step = slab_steps(x, cols)
@@ -206,7 +222,7 @@ def make_token_side(config: Config) -> Side:
                     tile_1(weights, x_rows, kept, to, fresh)
                     t += 1
 
-    @njit(**_FAST)
+    @_own(config)
     def finish(acc, width, v, cols, places, c0, out, bias, residual, activation, form):
         finish_columns(acc, v, cols, places, c0, out, bias, residual, activation, form)
 

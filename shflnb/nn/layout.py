@@ -33,8 +33,7 @@ def is_feature_major(x: torch.Tensor) -> bool:
 def to_feature_major(x: torch.Tensor) -> torch.Tensor:
     """`x` with the same shape and values, feature-major in memory; `x` itself if it is so already. Differentiable.
 
-    Written in ATen operations on purpose: under `torch.compile` the copies of one tensor that several layers read
-    become one, fused with what made the tensor.
+    Written in ATen operations on purpose: `torch.compile` fuses the copy with what made the tensor.
     """
     if x.dim() < 2:
         return x

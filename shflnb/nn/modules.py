@@ -222,7 +222,8 @@ class ShflLinear(nn.Module):
     def _linear(self, x: torch.Tensor, activation: str | None) -> torch.Tensor:
         layout = self.layout
         if torch.compiler.is_compiling():
-            if x.is_cuda:
+            # Not while exporting: the number of tokens would become a condition of the exported program.
+            if x.device.type in SHARE_ON and not _is_exporting() and x.numel() > FEW_TOKENS * self.in_features:
                 return self._compiled(x, activation)
         elif self.shared is not None and x.device.type in SHARE_ON and not torch.is_grad_enabled():
             layout = ("feature" if is_feature_major(x) else "token") if layout == "same" else layout
@@ -233,12 +234,11 @@ class ShflLinear(nn.Module):
         )  # fmt: skip
 
     def _compiled(self, x: torch.Tensor, activation: str | None) -> torch.Tensor:
-        """Both transposes in the open, where the compiler merges those of one tensor and fuses them with their
-        neighbours.
-        """
+        """Both transposes in the open, where the compiler fuses them with their neighbours."""
         feature_out = self.layout == "feature" or (self.layout == "same" and is_feature_major(x))
+        features = to_feature_major(x) if self.shared is None else self.shared.traced(x)
         y = packed_linear(
-            to_feature_major(x), self.values, self.indices, self.indptr, self.row_perm, self.bias,
+            features, self.values, self.indices, self.indptr, self.row_perm, self.bias,
             k=self.in_features, tile_k=self.block[1], activation=activation, layout="feature",
         )  # fmt: skip
         return y if feature_out else y.contiguous()
@@ -316,15 +316,30 @@ class ShflLinear(nn.Module):
 class SharedInput:
     """One feature-major copy for several layers that read the same tensor (q, k and v; gate and up).
 
-    Eager inference only; a compiled graph shares the copy by itself. The copy belongs to one tensor object, one
-    version of its contents and one stream; it goes when the tensor goes, or when the last of `readers` layers has
-    taken it. Tensors made under `inference_mode` have no version: there the planner has seen that nothing writes
-    between the readers.
+    In eager inference, and in the graph that `torch.compile` traces. In eager mode the copy belongs to one tensor
+    object, one version of its contents and one stream; it goes when the tensor goes, or when the last of `readers`
+    layers has taken it. Tensors made under `inference_mode` have no version: there the planner has seen that nothing
+    writes between the readers.
     """
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
         self._entry: tuple[Any, ...] | None = None
+        self._source: torch.Tensor | None = None
+        self._copy: torch.Tensor | None = None
+        self._uses = 0
+
+    def traced(self, x: torch.Tensor) -> torch.Tensor:
+        """`to_feature_major(x)` for a tracer: plain attributes and `is`, all of them reset by the last reader."""
+        if self._source is not None and self._source is x and self._copy is not None:
+            copy = self._copy
+            self._uses += 1
+        else:
+            copy = to_feature_major(x)
+            self._source, self._copy, self._uses = x, copy, 1
+        if self._uses >= self.readers:
+            self._source, self._copy, self._uses = None, None, 0
+        return copy
 
     def feature_major(self, x: torch.Tensor) -> torch.Tensor:
         """`to_feature_major(x)`, computed once for the readers; x itself where nothing would be transposed."""
@@ -352,6 +367,11 @@ class SharedInput:
 
 def _stream(x: torch.Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def _is_exporting() -> bool:
+    asked = getattr(torch.compiler, "is_exporting", None)  # new in torch 2.7
+    return asked is not None and asked()
 
 
 def _checked_activation(activation: str | None) -> str | None:

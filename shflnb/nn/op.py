@@ -85,7 +85,7 @@ def packed_linear(
     --------
     >>> import numpy as np, torch, shflnb
     >>> from shflnb.nn.op import packed_linear
-    >>> packed = shflnb.pack(np.eye(16, dtype=np.float32), block=(16, 16))
+    >>> packed = shflnb.pack(np.eye(16, dtype=np.float32), block=(16, 16), fill_in_warning=None)
     >>> t = [torch.from_numpy(a) for a in (packed.values, packed.indices, packed.indptr, packed.row_perm)]
     >>> x = torch.randn(3, 16)
     >>> torch.equal(packed_linear(x, *t, k=16), x)
@@ -174,7 +174,7 @@ def _linear(
     feature_out: bool,
 ) -> torch.Tensor:
     """The kernel's side of the operator: check, find the launch record, multiply in the layout that x has."""
-    _check(x, values, indices, indptr, row_perm, bias, k)
+    _check(x, values, row_perm, bias, k)
     packed = launch_record(values, indices, indptr, row_perm, k, tile_k, x.dtype)
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
         bias = bias.to(x.dtype)
@@ -207,25 +207,20 @@ def turned(x: torch.Tensor, *, is_result: bool = False) -> torch.Tensor:
 def _check(
     x: torch.Tensor,
     values: torch.Tensor,
-    indices: torch.Tensor,
-    indptr: torch.Tensor,
     row_perm: torch.Tensor,
     bias: torch.Tensor | None,
     k: int,
 ) -> None:
+    """What can change from call to call; the rest is checked when the launch record is made."""
     if x.dim() < 1 or x.shape[-1] != k:
         raise ShapeError(f"x has shape {tuple(x.shape)}; the layer needs (..., {k}), features last")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != row_perm.shape[0]):
-        raise ShapeError(f"bias has shape {tuple(bias.shape)}; the layer needs ({row_perm.shape[0]},)")
-    for name, t in (
-        ("values", values),
-        ("indices", indices),
-        ("indptr", indptr),
-        ("row_perm", row_perm),
-        ("bias", bias),
-    ):
-        if t is not None and t.device != x.device:
-            raise DeviceError(f"x is on {x.device}, {name} on {t.device}; move one with .to()")
+    if bias is not None:
+        if bias.dim() != 1 or bias.shape[0] != row_perm.shape[0]:
+            raise ShapeError(f"bias has shape {tuple(bias.shape)}; the layer needs ({row_perm.shape[0]},)")
+        if bias.device != x.device:
+            raise DeviceError(f"x is on {x.device}, bias on {bias.device}; move one with .to()")
+    if values.device != x.device:
+        raise DeviceError(f"x is on {x.device}, values on {values.device}; move one with .to()")
     if not x.is_floating_point():
         raise DtypeError(f"x is {x.dtype}; needed is a floating dtype, that of the weights ({values.dtype})")
 
@@ -244,7 +239,7 @@ def _linear_fake(
     feature_out: bool,
 ) -> torch.Tensor:
     """Shape, strides, dtype and device of the result, without data."""
-    _check(x, values, indices, indptr, row_perm, bias, k)
+    _check(x, values, row_perm, bias, k)
     m = row_perm.shape[0]
     if feature_out and x.dim() > 1:
         return x.new_empty((m, *x.shape[:-1])).movedim(0, -1)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..arrays import BFLOAT16, DTYPES, host_array
-from ..errors import CaptureError, DtypeError
+from ..errors import CaptureError, DeviceError, DtypeError
 from ..formats import ShflBWMatrix
 
 __all__ = ["LaunchRecord", "forget", "launch_record", "record_count"]
@@ -153,6 +153,9 @@ def _pack(
     dtype: torch.dtype,
 ) -> Any:
     """A `ShflBWMatrix` of the tensors (on the CPU a view of the values, from a device a copy on the host)."""
+    for name, t in (("indices", indices), ("indptr", indptr), ("row_perm", row_perm)):
+        if t.device != values.device:
+            raise DeviceError(f"values is on {values.device}, {name} on {t.device}; move the whole layer with .to()")
     if dtype not in _DTYPE_NAMES:
         raise DtypeError(f"x is {dtype}; needed is one of {', '.join(DTYPES)}")
     values = values.detach()

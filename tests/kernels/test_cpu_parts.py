@@ -399,3 +399,29 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_forked_child_starts_its_own_workers():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=60, check=False)
     assert done.returncode == 2, "the child did not see two threads at work"
+
+
+_ONE_PRODUCT = """
+import sys
+import numpy as np
+import shflnb
+
+rng = np.random.default_rng(0)
+for v in map(int, sys.argv[1:]):
+    w = np.zeros((512, 512), np.float32)
+    for g in range(512 // v):
+        w[g * v : (g + 1) * v, rng.permutation(512)[:128]] = rng.standard_normal((v, 128))
+    x = rng.standard_normal((512, 512)).astype(np.float32)
+    y = shflnb.linear(x, shflnb.pack(w, block=(v, 16)))
+    assert np.allclose(y, x @ w.T, atol=1e-2), f"wrong product for v = {v}"
+"""
+
+
+def test_kernels_cached_by_different_processes_do_not_mix(tmp_path):
+    """Two processes each compile one token kernel into the cache; a third loads both (inner functions have own names)."""
+    environment = {**os.environ, "SHFLNB_CACHE_DIR": str(tmp_path)}
+    for heights in (["64"], ["32"], ["64", "32", "64"]):
+        done = subprocess.run(
+            [sys.executable, "-c", _ONE_PRODUCT, *heights], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]

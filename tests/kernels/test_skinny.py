@@ -16,7 +16,8 @@ from kernels.emulate_skinny import emulate
 from shflnb import errors
 from shflnb.formats import ShflBWMatrix, pack
 from shflnb.formats.skinny_layout import LAST_STEP, PADDING, from_skinny, place_of_row, to_skinny
-from shflnb.kernels.config import SMEM_LIMIT
+from shflnb.kernels.config import SMEM_LIMIT, smem_limit
+from shflnb.kernels.registry import capability_of
 from shflnb.kernels.skinny_choice import (
     SkinnyConfig,
     SkinnySplit,
@@ -211,7 +212,8 @@ def test_how_x_is_read(address: int, token: int, feature: int, n: int, flags: in
 def test_compiles_without_spills(arch: str, config: SkinnyConfig) -> None:
     compiler = pytest.importorskip("shflnb.kernels.compiler")
     pytest.importorskip("numba.cuda")
-    specs = [kernel_spec(config, SMEM_LIMIT[90])] + ([sum_spec(config)] if config.finish == "none" else [])
+    specs = [kernel_spec(config, smem_limit(capability_of(arch)))]
+    specs += [sum_spec(config)] if config.finish == "none" else []
     for spec in specs:
         ptx = compiler.compile_ptx(spec.make(), spec.signature(), arch, spec.name, spec.threads, spec.blocks_per_sm)
         assert ".local" not in ptx

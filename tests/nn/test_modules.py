@@ -196,6 +196,34 @@ def test_three_readers_share_one_transpose(monkeypatch: pytest.MonkeyPatch, mode
     assert shared._entry is None, "after the last reader the copy is let go"
 
 
+def test_a_compiled_graph_shares_the_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules_file, "SHARE_ON", {"cpu"})
+    layers = nn.ModuleList([make_layer(seed=s) for s in range(3)])
+    shared = SharedInput(3)
+    for layer in layers:
+        layer.shared = shared
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: [layer(x) for layer in layers], fullgraph=True, backend=keep)
+    for shape in ((5, 16, 96), (5, 16, 96), (7, 16, 96)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            got, want = compiled(x), [layer(x) for layer in layers]
+        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(got, want, strict=True))
+    assert all(graph.count("shflnb.linear.default") == 3 for graph in graphs)
+    assert all(graph.count("contiguous") == 4 for graph in graphs), "one transpose in, three out"
+    assert shared._source is None and shared._copy is None
+    few = torch.randn(3, 96)
+    with torch.no_grad():
+        compiled(few)
+    assert "contiguous" not in graphs[-1], "few tokens are not transposed"
+
+
 def test_a_changed_input_is_transposed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = CountedCopies(monkeypatch)
     a, b = make_layer(seed=0), make_layer(seed=1)
