@@ -176,9 +176,7 @@ def to_skinny(packed: ShflBWMatrix, teams: int, ranks: int, warps: int, window: 
                         is_owned)  # fmt: skip
 
 
-def _pieces(
-    work: Work, blocks: int, warps: int, is_owned: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pieces(work: Work, blocks: int, warps: int, is_owned: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The warps' table, the slot of each step's piece, and which steps are the last of theirs."""
     n = len(work.step)
     cell = work.block * warps + work.warp

@@ -181,7 +181,10 @@ def ptxas_assemble(ptx: str, arch: str) -> tuple[bytes, str]:
         source, target = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
         done = subprocess.run(
-            [program, f"-arch={arch}", "-v", str(source), "-o", str(target)], capture_output=True, text=True, check=False
+            [program, f"-arch={arch}", "-v", str(source), "-o", str(target)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise DeviceError(f"ptxas refused the kernel for {arch}: {done.stderr.strip()[:2000]}")

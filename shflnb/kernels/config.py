@@ -91,7 +91,9 @@ class Config:
         if self.v not in (16, 32, 64, 128):
             raise ArgumentError(f"v is {self.v}; expected 16, 32, 64 or 128")
         if self.tile_k not in (16, 32, 64) or self.stages < 2:
-            raise ArgumentError(f"tile_k = {self.tile_k}, stages = {self.stages}; expected tile_k 16, 32 or 64 and stages >= 2")
+            raise ArgumentError(
+                f"tile_k = {self.tile_k}, stages = {self.stages}; expected tile_k 16, 32 or 64 and stages >= 2"
+            )
         getattr(self, f"_check_{self.kernel}")()
 
     def _check_sm90(self) -> None:

@@ -89,13 +89,17 @@ class DeviceMemory:
         driver = context.driver
         error, pointer = driver.cuMemAlloc(max(total, 256))
         if int(error):
-            raise DeviceError(f"{total / 2**20:.0f} MiB for a packed matrix could not be allocated on {context.name} ({error.name})")
+            raise DeviceError(
+                f"{total / 2**20:.0f} MiB for a packed matrix could not be allocated on {context.name} ({error.name})"
+            )
         self._free, self._pointer = driver.cuMemFree, pointer
         self.nbytes = total
         self.addresses = [int(pointer) + o for o in offsets]
         for a, address in zip(arrays, self.addresses, strict=True):
             if a.nbytes:
-                _check(driver.cuMemcpyHtoD(address, np.ascontiguousarray(a).ctypes.data, a.nbytes), "copy to the device")
+                _check(
+                    driver.cuMemcpyHtoD(address, np.ascontiguousarray(a).ctypes.data, a.nbytes), "copy to the device"
+                )
         # a copy from pageable memory may still be on its way when the call returns, and kernels on other streams do not wait
         _check(driver.cuStreamSynchronize(driver.CUstream(driver.CU_STREAM_LEGACY)), "copy to the device")
 
@@ -108,7 +112,9 @@ class DeviceMemory:
 def _check(result: Any, what: str) -> Any:
     error = result[0]
     if int(error):
-        raise DeviceError(f"{what} failed with {getattr(error, 'name', error)}; run `shflnb doctor` and report its output")
+        raise DeviceError(
+            f"{what} failed with {getattr(error, 'name', error)}; run `shflnb doctor` and report its output"
+        )
     return result[1] if len(result) > 1 else None
 
 
@@ -203,7 +209,9 @@ class DeviceContext:
         from cuda.core import ObjectCode
 
         if spec.smem_bytes > self.smem_limit:
-            raise DeviceError(f"{spec.name} needs {spec.smem_bytes} bytes of shared memory; {self.name} gives a block {self.smem_limit}")
+            raise DeviceError(
+                f"{spec.name} needs {spec.smem_bytes} bytes of shared memory; {self.name} gives a block {self.smem_limit}"
+            )
         cubin = spec.build(self.arch(spec))
         kernel = ObjectCode.from_cubin(cubin.code).get_kernel(cubin.name)
         driver, device = self.driver, self.driver.CUdevice(self.ordinal)
@@ -217,7 +225,9 @@ class DeviceContext:
                 "raising the shared-memory limit",
             )
         registers = _check(driver.cuKernelGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, handle, device), "a query")
-        local = _check(driver.cuKernelGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, handle, device), "a query")
+        local = _check(
+            driver.cuKernelGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, handle, device), "a query"
+        )
         return LoadedKernel(spec, kernel, self, int(registers), int(local), cubin.from_cache)
 
 

@@ -84,7 +84,8 @@ mbarrier_init_fence = instruction(
     "Make initialised barriers visible to the asynchronous proxy.",
     "fence.mbarrier_init.release.cluster;", (), "~{memory}")  # fmt: skip
 mbarrier_arrive = instruction(
-    "Arrive once at the barrier.", "mbarrier.arrive.shared::cta.b64 _, [$0];", (u32,), "r,~{memory}")
+    "Arrive once at the barrier.", "mbarrier.arrive.shared::cta.b64 _, [$0];", (u32,), "r,~{memory}"
+)
 mbarrier_arrive_expect_tx = instruction(
     "Arrive once and announce `bytes` of asynchronous copies that complete on the barrier.",
     "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (u32, u32), "r,r,~{memory}")  # fmt: skip
@@ -141,7 +142,8 @@ ld_global_v4 = instruction(
     "Load 16 bytes.", "ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", (u64,), "=r,=r,=r,=r,l,~{memory}",
     types.UniTuple(u32, 4))  # fmt: skip
 st_global_v4 = instruction(
-    "Store 16 bytes.", "st.global.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}")
+    "Store 16 bytes.", "st.global.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}"
+)
 ld_global_stream_v4 = instruction(
     "Load 16 bytes that are not needed again: first to leave the cache.",
     "ld.global.cs.v4.u32 {$0,$1,$2,$3}, [$4];", (u64,), "=r,=r,=r,=r,l,~{memory}", types.UniTuple(u32, 4))  # fmt: skip
@@ -158,7 +160,8 @@ ld_shared_v4 = instruction(
 st_shared_u16 = instruction("Store 2 bytes.", "st.shared.u16 [$0], $1;", (u32, types.uint16), "r,h,~{memory}")
 st_shared_u32 = instruction("Store 4 bytes.", "st.shared.u32 [$0], $1;", (u32, u32), "r,r,~{memory}")
 st_shared_v4 = instruction(
-    "Store 16 bytes.", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", (u32, u32, u32, u32, u32), "r,r,r,r,r,~{memory}")
+    "Store 16 bytes.", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", (u32, u32, u32, u32, u32), "r,r,r,r,r,~{memory}"
+)
 
 # --- matrix loads and stores (PTX ISA 9.7.14.5.15, .16) --------------------------------------------------------------
 ldmatrix_x4 = instruction(
@@ -216,7 +219,8 @@ div_u32 = instruction("Unsigned quotient.", "div.u32 $0, $1, $2;", (u32, u32), "
 
 # --- barriers and registers ------------------------------------------------------------------------------------------
 bar_sync = instruction(
-    "Barrier `id` among `threads` threads of the block.", "bar.sync $0, $1;", (u32, u32), "r,r,~{memory}")
+    "Barrier `id` among `threads` threads of the block.", "bar.sync $0, $1;", (u32, u32), "r,r,~{memory}"
+)
 shuffle = instruction(
     "The value of another lane of the warp.", "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", (u32, u32), "=r,r,r",
     u32)  # fmt: skip
@@ -249,9 +253,7 @@ def make_mma_m16n8k16(dtype: str) -> Callable[..., Any]:
     def mma(typingctx: Any, acc: Any, first: Any, a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             data = _array_data(context, builder, sig.args[0], args[0])
-            slots = [
-                builder.gep(data, [builder.add(args[1], ir.Constant(_I64, i))], inbounds=True) for i in range(4)
-            ]
+            slots = [builder.gep(data, [builder.add(args[1], ir.Constant(_I64, i))], inbounds=True) for i in range(4)]
             text = (
                 f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
                 "{$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};"
@@ -271,7 +273,8 @@ def make_mma_m16n8k16(dtype: str) -> Callable[..., Any]:
 
 # --- wgmma (PTX ISA 9.7.15) ------------------------------------------------------------------------------------------
 wgmma_fence = instruction(
-    "Order register and shared accesses before the first wgmma.", "wgmma.fence.sync.aligned;", (), "~{memory}")
+    "Order register and shared accesses before the first wgmma.", "wgmma.fence.sync.aligned;", (), "~{memory}"
+)
 wgmma_commit = instruction("Close the current group of wgmma.", "wgmma.commit_group.sync.aligned;", (), "~{memory}")
 wgmma_wait = {
     pending: instruction(

@@ -16,7 +16,18 @@ from typing import Any
 
 from .config import Config, Problem, ceil_div, smem_limit
 
-__all__ = ["FEW_COLUMNS", "Choice", "candidates", "choose", "has_few_columns", "predict_us", "roof_us", "sweep_of", "table_key", "tuned_table"]
+__all__ = [
+    "FEW_COLUMNS",
+    "Choice",
+    "candidates",
+    "choose",
+    "has_few_columns",
+    "predict_us",
+    "roof_us",
+    "sweep_of",
+    "table_key",
+    "tuned_table",
+]
 
 STAGE_US = -0.09  # an intercept: valid for stages of 20 KiB and more, which all of them are
 US_PER_KB = 0.0155
@@ -129,7 +140,7 @@ def table_key(problem: Problem) -> str:
 def tuned_table(device_name: str) -> dict[str, Any]:
     """The committed table of a device: key -> the fields of a config. Empty for devices nobody has tuned."""
     name = device_name.lower().replace(" ", "-") + ".json"
-    resource = resources.files("shflnb").joinpath("tuning", "data", name)
+    resource = resources.files("shflnb").joinpath("tuning").joinpath("data").joinpath(name)
     if not resource.is_file():
         return {}
     table: dict[str, Any] = json.loads(resource.read_text())["entries"]

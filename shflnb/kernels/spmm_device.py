@@ -75,7 +75,9 @@ def kernel_spec(config: Config) -> KernelSpec:
 
         return make_spmm_sm80(config)
 
-    return KernelSpec(repr(config), config.name, config.kernel, make, 13, config.threads, config.smem_bytes, config.blocks_per_sm)
+    return KernelSpec(
+        repr(config), config.name, config.kernel, make, 13, config.threads, config.smem_bytes, config.blocks_per_sm
+    )
 
 
 def transpose_spec(is_chained: bool) -> KernelSpec:
@@ -128,7 +130,9 @@ def _weights(packed: ShflBWMatrix, context: DeviceContext, kernel: str, tile_k: 
     return found
 
 
-def _queue(packed: ShflBWMatrix, context: DeviceContext, weights: DeviceWeights, shape: tuple[int, int, int], stream: int) -> DeviceMemory:
+def _queue(
+    packed: ShflBWMatrix, context: DeviceContext, weights: DeviceWeights, shape: tuple[int, int, int], stream: int
+) -> DeviceMemory:
     """The work queue for (column tiles, grid, sweep), shared by every n that has as many column tiles."""
     key = ("queue", id(weights), shape)
     found: DeviceMemory | None = packed.launch_cache.get(key)
@@ -140,7 +144,9 @@ def _queue(packed: ShflBWMatrix, context: DeviceContext, weights: DeviceWeights,
     return found
 
 
-def plan_for(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int, config: Config | None = None) -> Plan:
+def plan_for(
+    packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int, config: Config | None = None
+) -> Plan:
     """The launch record for n columns; built at the first call with this n, then found again.
 
     Raises `CaptureError` when it would have to compile or upload while `stream` is captured.
@@ -181,9 +187,13 @@ def _keep(packed: ShflBWMatrix, key: Any, record: Any) -> None:
 
 def _check_operand(view: DeviceView, packed: ShflBWMatrix, what: str, device: int) -> None:
     if view.dtype != packed.dtype:
-        raise DtypeError(f"{what} is {view.dtype}, packed is {packed.dtype}; convert one of them (packed.astype({view.dtype!r}))")
+        raise DtypeError(
+            f"{what} is {view.dtype}, packed is {packed.dtype}; convert one of them (packed.astype({view.dtype!r}))"
+        )
     if view.device != device:
-        raise DeviceError(f"{what} is on device {view.device}, x on device {device}; all arrays of a call share one device")
+        raise DeviceError(
+            f"{what} is on device {view.device}, x on device {device}; all arrays of a call share one device"
+        )
 
 
 def _check_bias(bias: Any, packed: ShflBWMatrix, device: int) -> tuple[int, int]:
@@ -196,7 +206,9 @@ def _check_bias(bias: Any, packed: ShflBWMatrix, device: int) -> tuple[int, int]
     if view.dtype not in ("float32", packed.dtype):
         raise DtypeError(f"bias is {view.dtype}; expected {packed.dtype} or float32")
     if view.device != device:
-        raise DeviceError(f"bias is on device {view.device}, x on device {device}; all arrays of a call share one device")
+        raise DeviceError(
+            f"bias is on device {view.device}, x on device {device}; all arrays of a call share one device"
+        )
     if packed.shape[0] > 1 and view.strides[0] != 1:
         raise ArgumentError(f"bias has stride {view.strides[0]}; pass a contiguous vector")
     return view.address, HAS_BIAS | (BIAS_F32 if view.dtype == "float32" else 0)
@@ -266,7 +278,9 @@ class _Call:
         grid = kernel.config(blocks, is_chained=is_chained)
         self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, fast, int(flags))
 
-    def plan(self, n: int, activation: str | None, bias: tuple[int, int], residual: tuple[int, int], config: Config | None) -> Plan:
+    def plan(
+        self, n: int, activation: str | None, bias: tuple[int, int], residual: tuple[int, int], config: Config | None
+    ) -> Plan:
         """The launch record for these operands."""
         plain = activation is None and not bias[0] and not residual[0]
         epilogue = "plain" if plain else activation or "identity"
@@ -325,7 +339,9 @@ def device_matmul(
     view = device_view(x, what="x")
     m, k = packed.shape
     if packed.dtype not in ("float16", "bfloat16"):
-        raise DtypeError(f"packed is {packed.dtype}; the GPU kernels take float16 and bfloat16 (packed.astype('float16'))")
+        raise DtypeError(
+            f"packed is {packed.dtype}; the GPU kernels take float16 and bfloat16 (packed.astype('float16'))"
+        )
     _check_operand(view, packed, "x", view.device)
     if len(view.shape) not in (1, 2):
         raise ShapeError(f"x has shape {view.shape}; expected ({k}, n) or ({k},)")
@@ -477,7 +493,9 @@ def device_linear(
     flat = x if len(shape) == 2 else x.reshape(-1, k)
     view = device_view(flat, what="x")
     if packed.dtype not in ("float16", "bfloat16"):
-        raise DtypeError(f"packed is {packed.dtype}; the GPU kernels take float16 and bfloat16 (packed.astype('float16'))")
+        raise DtypeError(
+            f"packed is {packed.dtype}; the GPU kernels take float16 and bfloat16 (packed.astype('float16'))"
+        )
     _check_operand(view, packed, "x", view.device)
     _activation(activation)
     n = view.shape[0]
@@ -491,7 +509,9 @@ def device_linear(
         if device_view(out_flat, what="out").address != device_view(out, what="out").address:
             raise ArgumentError("out cannot be flattened to (tokens, m) without a copy; pass a contiguous array")
     out_at = _checked_out(out_flat, packed, view, (n, m))
-    if out_at is not None and (_overlap(out_at, _rows(view)) or (res is not None and out_at != res and _overlap(out_at, res))):
+    if out_at is not None and (
+        _overlap(out_at, _rows(view)) or (res is not None and out_at != res and _overlap(out_at, res))
+    ):
         raise ArgumentError("out overlaps x or residual in memory; pass an array of its own")
     call = _Call(packed, flat, view)
     if out_flat is None:
@@ -508,13 +528,17 @@ def device_linear(
     elif m and n:
         _run_linear(call, view, n, out_at, bias_at, res, activation, config)
         if quick and x.is_contiguous() and min(m, n, k) > 1:
-            packed.launch_cache[memo_key("linear", x, bias, activation)] = _linear_memo(call, n, (*lead, m), bias_at, activation)
+            packed.launch_cache[memo_key("linear", x, bias, activation)] = _linear_memo(
+                call, n, (*lead, m), bias_at, activation
+            )
     if out is not None:
         return out
     return out_flat if len(shape) == 2 else out_flat.reshape(*lead, m)
 
 
-def _linear_memo(call: _Call, n: int, out_shape: tuple[int, ...], bias: tuple[int, int], activation: str | None) -> LinearMemo:
+def _linear_memo(
+    call: _Call, n: int, out_shape: tuple[int, ...], bias: tuple[int, int], activation: str | None
+) -> LinearMemo:
     """The memo of a token-major product on a contiguous, aligned x."""
     m, k = call.packed.shape
     is_chained = call.context.has_chaining
@@ -568,8 +592,14 @@ def device_transpose(x: Any, *, is_result: bool = False) -> Any:
     layers that share one transpose of their common input (`shflnb.nn`).
     """
     view = device_view(x, what="x")
-    if view.dtype not in ("float16", "bfloat16") or len(view.shape) != 2 or (view.shape[1] > 1 and view.strides[1] != 1):
-        raise DtypeError(f"x is {view.dtype} of shape {view.shape}, strides {view.strides}; expected a 16-bit C-order matrix")
+    if (
+        view.dtype not in ("float16", "bfloat16")
+        or len(view.shape) != 2
+        or (view.shape[1] > 1 and view.strides[1] != 1)
+    ):
+        raise DtypeError(
+            f"x is {view.dtype} of shape {view.shape}, strides {view.strides}; expected a 16-bit C-order matrix"
+        )
     rows, cols = view.shape
     call = _Call(None, x, view)  # type: ignore[arg-type]  # no product is made
     out = new_matrix(cols, rows, x, view.dtype)

@@ -69,7 +69,10 @@ u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
 CORE_BYTES = 128  # an 8x8 core matrix of 2-byte values
 ATOM_BYTES = 128  # one row of a 64-token swizzle atom
 STAGING_PITCH = 144  # bytes: 64 columns and a chunk more, so that 8 rows fall into different banks
-PRODUCER_REGISTERS = {1: 72, 2: 40}  # a thread, by producer warpgroups; with the consumers' at most 512 over the warpgroups
+PRODUCER_REGISTERS = {
+    1: 72,
+    2: 40,
+}  # a thread, by producer warpgroups; with the consumers' at most 512 over the warpgroups
 CONSUMER_REGISTERS = {1: 216, 2: 208}
 ID_SLOTS = 8  # stages of column ids that a producer warp keeps in shared memory, a power of two
 IDS_AHEAD = 6  # of its stages between the fetch of ids and their use; the slots must outnumber it by two
@@ -307,7 +310,11 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
     plain = config.epilogue == "plain"
     load_bias = make_load_bias(config.dtype)
     drain0, drain1, drain2, drain3 = (make_drain(config, min(h, warp_n // 64 - 1)) for h in range(4))
-    wait_all, wait_one, take_registers = wgmma_wait[0], wgmma_wait[1], setmaxnreg_inc[CONSUMER_REGISTERS[config.producers]]
+    wait_all, wait_one, take_registers = (
+        wgmma_wait[0],
+        wgmma_wait[1],
+        setmaxnreg_inc[CONSUMER_REGISTERS[config.producers]],
+    )
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags):
         take_registers()
@@ -319,7 +326,12 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
         warp = u32((tid >> u32(5)) & u32(3))
         leader = (tid & u32(127)) == u32(0)
         if row_splits == 2:
-            row_offset, token_offset, a_offset, b_offset = u32(who * u32(64)), u32(0), u32(who * u32(8 * CORE_BYTES)), u32(0)
+            row_offset, token_offset, a_offset, b_offset = (
+                u32(who * u32(64)),
+                u32(0),
+                u32(who * u32(8 * CORE_BYTES)),
+                u32(0),
+            )
         else:
             row_offset, token_offset, a_offset = u32(0), u32(who * u32(warp_n)), u32(0)
             b_offset = u32(who * u32(warp_n // 64 * tile_k * ATOM_BYTES))
@@ -431,7 +443,11 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
     pitch = own_n * 2 + 16
     row_chunks = own_n // 8
     stores = v * row_chunks // 128  # 16-byte chunks that a thread stores
-    wait_all, wait_one, take_registers = wgmma_wait[0], wgmma_wait[1], setmaxnreg_inc[CONSUMER_REGISTERS[config.producers]]
+    wait_all, wait_one, take_registers = (
+        wgmma_wait[0],
+        wgmma_wait[1],
+        setmaxnreg_inc[CONSUMER_REGISTERS[config.producers]],
+    )
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags):
         take_registers()
@@ -497,7 +513,9 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
             bar_sync(u32(who + u32(1)), u32(128))
             for q in range(stores):
                 index = u32(own + u32(q * 128))
-                w = ld_shared_v4(u32(staging + index // u32(row_chunks) * u32(pitch) + index % u32(row_chunks) * u32(16)))
+                w = ld_shared_v4(
+                    u32(staging + index // u32(row_chunks) * u32(pitch) + index % u32(row_chunks) * u32(16))
+                )
                 store_chunk(w[0], w[1], w[2], w[3], targets[q], u32(column + index % u32(row_chunks) * u32(8)), n, out, ldo,
                             flags)  # fmt: skip
             bar_sync(u32(who + u32(1)), u32(128))
@@ -528,7 +546,9 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
         own_queue = queue + u64(cuda.blockIdx.x) * u64(16)
         if tid == u32(0):
             for stage in range(stages):
-                mbarrier_init(u32(full + u32(8 * stage)), u32(team_threads + 1))  # a team's threads and the weights' bytes
+                mbarrier_init(
+                    u32(full + u32(8 * stage)), u32(team_threads + 1)
+                )  # a team's threads and the weights' bytes
                 mbarrier_init(u32(empty + u32(8 * stage)), u32(2))  # one leader of each consumer warpgroup
             mbarrier_init_fence()
         cuda.syncthreads()
