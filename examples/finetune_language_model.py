@@ -78,6 +78,9 @@ def main() -> None:
     dense = LanguageModel(width, layers, sizes[1]).to(device)
     train(dense, steps, 2e-3, sizes)
     print(f"dense: test loss {test_loss(dense, sizes):.3f} nats per byte", flush=True)
+    longer = copy.deepcopy(dense)
+    train(longer, steps, 1e-3, sizes)
+    print(f"dense, trained as long as those below: {test_loss(longer, sizes):.3f}", flush=True)
     for sparsity in (0.75, 0.875):
         at_once = copy.deepcopy(dense)
         shflnb.nn.prepare(at_once, sparsity, (16, 16), steps=0)
