@@ -229,7 +229,7 @@ def sparse_row(
 def roof_of(packed: ShflBWMatrix, n: int, moved_bytes: int, device: str) -> tuple[float, str]:
     """The least time and what sets it: tensor cores or gather (`select.roof_us`), or every byte moved once."""
     from shflnb.kernels.select import roof_us
-    from shflnb.kernels.spmm_device import problem_of
+    from shflnb.kernels.spmm_plan import problem_of
 
     properties = torch.cuda.get_device_properties(device)
     is_cached = moved_bytes < properties.L2_cache_size

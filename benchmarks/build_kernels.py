@@ -15,7 +15,7 @@ from typing import Any
 def build(task: tuple[Any, str]) -> str | None:
     """Build one kernel; what went wrong, if anything did."""
     config, arch = task
-    from shflnb.kernels.spmm_device import kernel_spec
+    from shflnb.kernels.spmm_plan import kernel_spec
 
     try:
         kernel_spec(config).build(arch)

@@ -64,8 +64,8 @@ def summarise(source: Path, folder: Path) -> Path:
         writer.writeheader()
         for case, entry in zip(PRODUCTS, found.values(), strict=True):
             shape = case.shape
-            writer.writerow({"gpu": gpu, "date": datetime.date.today().isoformat(), "m": shape.m, "k": shape.k, "n": shape.n,
-                             "sparsity": case.sparsity, "v": case.v, **entry})  # fmt: skip
+            about = {"gpu": gpu, "date": datetime.date.today().isoformat(), "m": shape.m, "k": shape.k, "n": shape.n}
+            writer.writerow({**about, "sparsity": case.sparsity, "v": case.v, **entry})
     return target
 
 

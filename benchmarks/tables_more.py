@@ -109,9 +109,10 @@ def limits(data: Data) -> str:
     rows = data.of("ncu")
     if not rows:
         return absent("profile_spmm.py", " under Nsight Compute")
+    shares = ("l2_percent", "l1_percent", "sm_percent", "dram_percent", "l2_hit_percent")
     lines = [
         [f"{r['m']} x {r['k']}, n = {r['n']}", percent(r["sparsity"]), r["v"], micros(r["duration"]),
-         *(f"{float(r[key]):.0f} %" for key in ("l2_percent", "l1_percent", "sm_percent", "dram_percent", "l2_hit_percent"))]
+         *(f"{float(r[key]):.0f} %" for key in shares)]
         for r in rows
     ]  # fmt: skip
     header = ["product", "zeros", "v", "time", "L2", "L1 and shared memory", "SM", "device memory", "hits in L2"]

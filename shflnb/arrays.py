@@ -1,7 +1,7 @@
 """What an array is, whoever made it: kind, dtype name, and zero-copy views between NumPy and torch on the CPU.
 
-Frameworks are recognised by duck type and looked up in `sys.modules`, so nothing here imports torch or CuPy: an array of
-a framework can only arrive here if the caller has imported that framework already.
+Frameworks are recognised by duck type and looked up in `sys.modules`, so nothing here imports torch or CuPy: an array
+of a framework can only arrive here if the caller has imported that framework already.
 """
 
 from __future__ import annotations

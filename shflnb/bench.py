@@ -135,7 +135,7 @@ def _row(packed: ShflBWMatrix, n: int, sparsity: float, times: tuple[float, floa
 
 def _on_gpu(packed: ShflBWMatrix, n: int, sparsity: float) -> BenchRow:
     from .kernels.select import roof_us
-    from .kernels.spmm_device import problem_of
+    from .kernels.spmm_plan import problem_of
     from .nn.product import product_times
 
     found = product_times(packed, n)

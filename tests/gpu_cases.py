@@ -212,7 +212,7 @@ def configs(dtype: str = "float16", v: int | None = None) -> list[Config]:
 def _build(job: tuple[Config, tuple[int, int]]) -> str | None:
     from shflnb.errors import ShflnbError
     from shflnb.kernels import compiler
-    from shflnb.kernels.spmm_device import kernel_spec
+    from shflnb.kernels.spmm_plan import kernel_spec
 
     config, device = job
     spec = kernel_spec(config)

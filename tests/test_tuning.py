@@ -16,7 +16,7 @@ from shflnb.errors import ArgumentError, DeviceError, DtypeError
 from shflnb.kernels import remembered
 from shflnb.kernels.config import Config, Problem
 from shflnb.kernels.select import candidates, choose, table_key
-from shflnb.kernels.spmm_device import problem_of
+from shflnb.kernels.spmm_plan import problem_of
 from shflnb.machine import find_cuda
 from shflnb.reference import matmul_definition
 from shflnb.tuning.make_table import SHAPES, loss_of, pick, random_pattern, shapes_in
@@ -202,7 +202,7 @@ def test_tuning_on_this_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """Every candidate is right and timed; the result is used, found by the next process, and gone after `forget`."""
     torch = pytest.importorskip("torch")
     from shflnb.kernels.launch import device_context
-    from shflnb.kernels.spmm_device import plan_for
+    from shflnb.kernels.spmm_plan import plan_for
 
     monkeypatch.setattr(remembered, "cache_dir", lambda: tmp_path / "kernels")  # compiled kernels stay where they are
     monkeypatch.setattr(remembered, "_TABLES", {})

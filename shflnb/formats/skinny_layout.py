@@ -281,7 +281,8 @@ def from_skinny(layout: SkinnyLayout) -> tuple[np.ndarray, np.ndarray, np.ndarra
     slot = piece - first_piece[block]
     team = block // layout.ranks
     item_of = np.full((layout.teams, layout.ranks, max(1, layout.slots)), -1, np.int64)
-    owner = np.repeat(np.arange(len(layout.item_ids)), np.diff(layout.entry_ptr.astype(np.int64)))
+    per_item: np.ndarray = np.diff(layout.entry_ptr.astype(np.int64))
+    owner = np.repeat(np.arange(len(layout.item_ids)), per_item)
     team_of = np.searchsorted(layout.teams_ptr, owner, side="right") - 1
     item_of[team_of, layout.entries >> 16, layout.entries & 0xFFFF] = owner
     item = layout.item_ids[item_of[team, block % layout.ranks, slot]] if len(block) else np.zeros(0, np.int64)

@@ -144,8 +144,8 @@ def compile_ptx(
 def _target_device(capability: tuple[Any, ...]) -> Iterator[None]:
     """Have Numba compile device functions for the target instead of asking the current device, which may not exist.
 
-    `cuda.compile` takes the target for the kernel, but numba-cuda 0.30 types calls to `@cuda.jit(device=True)` functions
-    against `get_current_device()`, which creates a context or fails without a GPU.
+    `cuda.compile` takes the target for the kernel, but numba-cuda 0.30 types calls to `@cuda.jit(device=True)`
+    functions against `get_current_device()`, which creates a context or fails without a GPU.
     """
     from numba.cuda import dispatcher
 
@@ -232,7 +232,10 @@ def build(
     threads: int,
     blocks_per_sm: int = 1,
 ) -> Cubin:
-    """The cubin of a kernel: from the disk cache, or compiled and remembered. `make` and `signature` run only to compile."""
+    """The cubin of a kernel: from the disk cache, or compiled and remembered.
+
+    `make` and `signature` run only to compile.
+    """
     path = _cache_path(key, arch)
     cubin = _read_cache(path, arch)
     if cubin is None:

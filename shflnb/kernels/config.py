@@ -1,7 +1,7 @@
 """What is asked (`Problem`) and how it is answered (`Config`): frozen, printable, self-checking records.
 
-A Config, with the architecture, selects a compile; a Problem selects a Config. Every size formula of a kernel stands here
-once, so that the kernel, the launcher, `explain` and the tests cannot disagree.
+A Config, with the architecture, selects a compile; a Problem selects a Config. Every size formula of a kernel stands
+here once, so that the kernel, the launcher, `explain` and the tests cannot disagree.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import ArgumentError
 
-__all__ = ["ARCHITECTURES", "Config", "EPILOGUES", "Problem", "SMEM_LIMIT", "ceil_div", "smem_limit"]
+__all__ = ["ARCHITECTURES", "ATOM_BYTES", "Config", "EPILOGUES", "MOVER_TILE_BYTES", "Problem", "SMEM_LIMIT",
+           "ceil_div", "smem_limit"]  # fmt: skip
 
 EPILOGUES = ("plain", "identity", "relu", "gelu", "silu")
 """plain: out = W @ x. The others: out = f(W @ x + bias) + residual, bias and residual optional at run time."""
@@ -20,7 +21,18 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
 SMEM_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024,
               103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}  # fmt: skip
-"""Shared memory one block may have, in bytes, by capability (CUDA programming guide, table of technical specifications)."""
+"""Shared memory one block may have, in bytes, by capability (CUDA programming guide, technical specifications)."""
+
+ATOM_BYTES = 128
+"""One row of a 64-token atom of the stitched activations."""
+
+REGISTERS = {(1, 0): (80, 0, 208), (2, 0): (40, 0, 208), (1, 1): (80, 96, 168)}
+"""sm90: registers a thread of (producers, movers, consumers), by warpgroups of producers and movers. All warpgroups of
+a block together (two are consumers) must stay within what its launch takes: 504 with three warpgroups (168 each), 512
+with four, or setmaxnreg waits for registers that never come."""
+
+MOVER_TILE_BYTES = 64 * 144
+"""sm90: shared memory in which the movers turn 64 x 64 values; 144 bytes a row keep 8 rows in different banks."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -80,6 +92,8 @@ class Config:
     """sm90: warpgroups that stitch (1 or 2)."""
     team: int = 4
     """sm90: producer warps that fill a stage together; with fewer than all of them, teams fill stages in turns."""
+    movers: int = 0
+    """sm90: warpgroups that turn token-major x and results meanwhile (0 or 1); with one it is `linear_sm90.py`."""
 
     def __post_init__(self) -> None:
         if self.kernel not in ("sm80", "sm90"):
@@ -98,8 +112,14 @@ class Config:
 
     def _check_sm90(self) -> None:
         if self.producers not in (1, 2) or self.team not in (1, 2, 4, 8) or self.teams < 1 or self.teams > self.stages:
-            raise ArgumentError(f"sm90: producers = {self.producers}, team = {self.team}; expected 1 or 2 warpgroups, in teams of "
-                                "1, 2, 4 or 8 warps, no more teams than stages")  # fmt: skip
+            raise ArgumentError(
+                f"sm90: producers = {self.producers}, team = {self.team}; expected 1 or 2 warpgroups, in teams of "
+                "1, 2, 4 or 8 warps, no more teams than stages"
+            )
+        if (self.producers, self.movers) not in REGISTERS:
+            raise ArgumentError(
+                f"sm90: {self.producers} producer and {self.movers} mover warpgroups; expected {sorted(REGISTERS)}"
+            )
         if self.copies_per_stage > 32:
             raise ArgumentError(f"sm90: {self.copies_per_stage} copies a thread; expected at most 32 (a larger team)")
         if self.tile_n == 512 and self.team < 2:
@@ -107,15 +127,19 @@ class Config:
         if self.tile_n not in (64, 128, 256, 512) or self.tile_k == 16:
             raise ArgumentError(f"sm90: tile_n = {self.tile_n}, tile_k = {self.tile_k}; expected 64..512 and 32 or 64")
         if self.copies_per_stage % 4 or self.copies_per_stage == 0:
-            raise ArgumentError(f"sm90: tile {self.tile_n} x {self.tile_k} leaves {self.copies_per_stage} copies a thread; "
-                                "expected a multiple of 4")  # fmt: skip
+            raise ArgumentError(
+                f"sm90: tile {self.tile_n} x {self.tile_k} leaves {self.copies_per_stage} copies a thread; "
+                "expected a multiple of 4"
+            )
         if self.v <= 32 and self.tile_n < 128:
             raise ArgumentError("sm90: v <= 32 puts tokens on the M side, 64 for each of two warpgroups: tile_n >= 128")
         if self.accumulators > 128:
             raise ArgumentError(f"sm90: {self.accumulators} accumulators a thread; at most 128 fit")
-        if self.producers == 2 and self.accumulators > 64:
-            raise ArgumentError(f"sm90: {self.accumulators} accumulators a thread with two producer warpgroups; 512 threads "
-                                "leave 128 registers each, room for 64")  # fmt: skip
+        if self.producers + self.movers == 2 and self.accumulators > 64:
+            raise ArgumentError(
+                f"sm90: {self.accumulators} accumulators a thread with four warpgroups; 512 threads leave 128 "
+                "registers each, room for 64"
+            )
         if self.smem_bytes > SMEM_LIMIT[90]:
             raise ArgumentError(f"sm90: {self.smem_bytes} bytes of shared memory; at most {SMEM_LIMIT[90]}")
 
@@ -144,7 +168,7 @@ class Config:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 256 + 128 * self.producers if self.kernel == "sm90" else 32 * self.sm80_warps
+        return 256 + 128 * (self.producers + self.movers) if self.kernel == "sm90" else 32 * self.sm80_warps
 
     # sm90
     @property
@@ -185,6 +209,11 @@ class Config:
         return self.tile_k * max(1, self.tile_n // 256) // self.team
 
     @property
+    def registers(self) -> tuple[int, int, int]:
+        """sm90: registers a thread of a producer, a mover and a consumer warpgroup has after the start."""
+        return REGISTERS[self.producers, self.movers]
+
+    @property
     def ids_bytes(self) -> int:
         """sm90: shared memory of the column ids on their way: 8 stages for each producer warp."""
         return 4 * self.producers * 8 * self.producer_rows * 4
@@ -202,7 +231,8 @@ class Config:
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block, in bytes."""
         if self.kernel == "sm90":
-            return self.stages * self.stage_bytes + 256 + self.ids_bytes + self.staging_bytes
+            moving = self.movers * MOVER_TILE_BYTES
+            return self.stages * self.stage_bytes + 256 + self.ids_bytes + moving + self.staging_bytes
         return max(self.stages * self.stage_bytes, self.staging_bytes)
 
     # sm80
@@ -226,7 +256,8 @@ class Config:
         """The kernel's name, as a profiler shows it."""
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
         return (f"shflbw_{self.kernel}_{kind}_v{self.v}_n{self.tile_n}_k{self.tile_k}_s{self.stages}"
-                f"_p{self.producers}t{self.team}_b{self.blocks_per_sm}_{self.epilogue}")  # fmt: skip
+                f"_p{self.producers}t{self.team}_b{self.blocks_per_sm}_{self.epilogue}"
+                f"{'_turned' if self.movers else ''}")  # fmt: skip
 
     def with_epilogue(self, epilogue: str) -> Config:
         """The same tiling with another epilogue."""

@@ -1,7 +1,7 @@
 """What every product kernel does with its results: bias, activation, residual, and the store of 8 columns of a row.
 
-Device functions, built per dtype and epilogue. The result is `activation(acc + bias) + residual`, evaluated in float32 and
-rounded once to the output dtype.
+Device functions, built per dtype and epilogue. The result is `activation(acc + bias) + residual`, evaluated in float32
+and rounded once to the output dtype.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ HAS_RESIDUAL = 8
 NO_ROW = 0xFFFFFFFF  # place of a row that the short last group does not have
 
 
-# One asm block each: written in Python, 128 inlined copies are more than the optimiser unrolls, and the accumulators go to
-# local memory. erfc(z) = t (a1 + t (a2 + ...)) exp(-z*z), t = 1 / (1 + p z): Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7.
+# One asm block each: written in Python, 128 inlined copies are more than the optimiser unrolls, and the accumulators go
+# to local memory.
+# erfc(z) = t (a1 + t (a2 + ...)) exp(-z*z), t = 1 / (1 + p z): Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7.
 _gelu = instruction(
     "x * Phi(x), the exact (erf) form of GELU to about 2e-7.",
-    "{ .reg .f32 z, t, c, e; .reg .pred s; abs.f32 z, $1; mul.f32 z, z, 0f3F3504F3; fma.rn.f32 t, z, 0f3EA7BA05, 0f3F800000; "
-    "rcp.approx.f32 t, t; fma.rn.f32 c, t, 0f3F87DC22, 0fBFBA00E3; fma.rn.f32 c, c, t, 0f3FB5F0E3; "
+    "{ .reg .f32 z, t, c, e; .reg .pred s; abs.f32 z, $1; mul.f32 z, z, 0f3F3504F3; "
+    "fma.rn.f32 t, z, 0f3EA7BA05, 0f3F800000; rcp.approx.f32 t, t; "
+    "fma.rn.f32 c, t, 0f3F87DC22, 0fBFBA00E3; fma.rn.f32 c, c, t, 0f3FB5F0E3; "
     "fma.rn.f32 c, c, t, 0fBE91A98E; fma.rn.f32 c, c, t, 0f3E827906; mul.f32 c, c, t; mul.f32 e, z, z; "
     "mul.f32 e, e, 0fBFB8AA3B; ex2.approx.f32 e, e; mul.f32 c, c, e; mul.f32 c, c, 0f3F000000; "
     "setp.ge.f32 s, $1, 0f00000000; sub.f32 t, 0f3F800000, c; selp.f32 c, t, c, s; mul.f32 $0, $1, c; }",
@@ -126,7 +128,7 @@ def _store_word(word, out, room):
 
 @cuda.jit(device=True, forceinline=True)
 def store_chunk(w0, w1, w2, w3, row, col, n, out, ldo, flags):
-    """Store 8 consecutive columns (4 words of two values) of an output row; columns from n on and `NO_ROW` are skipped."""
+    """Store 8 consecutive columns (4 words of two values) of an output row; skips columns from n on and `NO_ROW`."""
     if row == u32(NO_ROW) or col >= n:
         return
     target = out + u64(row) * ldo * u64(2) + u64(col) * u64(2)

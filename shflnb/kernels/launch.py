@@ -1,6 +1,7 @@
 """Devices, streams, device memory and kernel launches; the only file that knows cuda.core.
 
-Everything here works on plain addresses and sizes: what an array is, and whose stream is current, is `views.py`'s business.
+Everything here works on plain addresses and sizes: what an array is, and whose stream is current, is the business of
+`views.py`.
 """
 
 from __future__ import annotations
@@ -57,18 +58,22 @@ class LoadedKernel:
     from_cache: bool
 
     def config(
-        self, grid: int | tuple[int, ...], *, cluster: int = 1, smem_bytes: int | None = None, is_chained: bool = False
-    ) -> Any:
+        self, grid: int | tuple[int, ...], *, cluster: int = 1, smem_bytes: int | None = None, is_chained: bool = False,
+        is_cooperative: bool = False,
+    ) -> Any:  # fmt: skip
         """A launch configuration for this many blocks; keep it, it costs as much as the launch.
 
-        With `cluster` above 1 the grid counts clusters of that many blocks; `is_chained` starts the kernel before the one
-        ahead of it in the stream is done (programmatic launch), which the kernel must then wait for by itself.
+        With `cluster` above 1 the grid counts clusters of that many blocks; `is_chained` starts the kernel before the
+        one ahead of it in the stream is done (programmatic launch), which the kernel must then wait for by itself.
+        An `is_cooperative` launch has all of its blocks on the device at once, or fails.
         """
         from cuda.core import LaunchConfig
 
         extra: dict[str, Any] = {"cluster": cluster} if cluster > 1 else {}
         if is_chained:
             extra["programmatic_stream_serialization"] = True
+        if is_cooperative:
+            extra["is_cooperative"] = True
         size = self.spec.smem_bytes if smem_bytes is None else smem_bytes
         return LaunchConfig(grid=grid, block=self.spec.threads, shmem_size=size, **extra)
 
@@ -100,7 +105,8 @@ class DeviceMemory:
                 _check(
                     driver.cuMemcpyHtoD(address, np.ascontiguousarray(a).ctypes.data, a.nbytes), "copy to the device"
                 )
-        # a copy from pageable memory may still be on its way when the call returns, and kernels on other streams do not wait
+        # a copy from pageable memory may still be on its way when the call returns, and kernels on other streams
+        # do not wait for it
         _check(driver.cuStreamSynchronize(driver.CUstream(driver.CU_STREAM_LEGACY)), "copy to the device")
 
     def __del__(self) -> None:
@@ -175,6 +181,11 @@ class DeviceContext:
             with self.current():
                 self._launch(self.stream(stream), config, kernel.kernel, *arguments)
 
+    def copy(self, stream: int, target: int, source: int, nbytes: int) -> None:
+        """Enqueue a copy from device memory to device memory."""
+        with self.current():
+            _check(self.driver.cuMemcpyDtoDAsync(target, source, nbytes, stream), "copy on the device")
+
     def stream(self, handle: int) -> Any:
         """The cuda.core stream of a raw handle; made once, since making one costs 5 us."""
         found = self._streams.get(handle)
@@ -183,7 +194,7 @@ class DeviceContext:
         return found
 
     def kernel(self, spec: KernelSpec, stream: int) -> LoadedKernel:
-        """The loaded kernel of a spec; builds and loads it at the first call. Raises `CaptureError` under capture then."""
+        """The loaded kernel of a spec; built and loaded at the first call, which raises `CaptureError` in a capture."""
         found = self._kernels.get(spec.key)
         if found is None:
             self.refuse_capture(stream, f"compile or load the kernel {spec.name}")
@@ -210,7 +221,8 @@ class DeviceContext:
 
         if spec.smem_bytes > self.smem_limit:
             raise DeviceError(
-                f"{spec.name} needs {spec.smem_bytes} bytes of shared memory; {self.name} gives a block {self.smem_limit}"
+                f"{spec.name} needs {spec.smem_bytes} bytes of shared memory; "
+                f"{self.name} gives a block {self.smem_limit}"
             )
         cubin = spec.build(self.arch(spec))
         kernel = ObjectCode.from_cubin(cubin.code).get_kernel(cubin.name)
@@ -242,7 +254,7 @@ class _StreamHandle:
 
 
 _THREAD = threading.local()
-"""`ordinal`: the device this thread has made current, on machines with one device; a new thread starts without a context."""
+"""`ordinal`: the device this thread has made current, on machines with one device; a new thread has no context yet."""
 
 _CONTEXTS: dict[int, DeviceContext] = {}
 _CONTEXTS_LOCK = threading.Lock()

@@ -1,8 +1,8 @@
 """One Python function per PTX instruction, usable inside `numba.cuda` kernels; nothing else.
 
-Addresses in shared memory are `uint32` (the shared window), addresses in global memory `uint64`. Keep address arithmetic
-in one unsigned type: Numba turns a mix of int64 and uint64 into float64. Instructions with a memory effect are volatile
-and clobber memory, so their order in the source is their order in the PTX.
+Addresses in shared memory are `uint32` (the shared window), addresses in global memory `uint64`. Keep address
+arithmetic in one unsigned type: Numba turns a mix of int64 and uint64 into float64. Instructions with a memory effect
+are volatile and clobber memory, so their order in the source is their order in the PTX.
 
 Source: PTX ISA 8.x/9.x, the section named in each group's comment.
 """
@@ -96,11 +96,12 @@ mbarrier_wait_parity = instruction(
 
 # --- copies (PTX ISA 9.7.9.25) ---------------------------------------------------------------------------------------
 cp_async_16 = instruction(
-    "Copy `bytes` (0..16) from a 16-byte aligned global address to shared memory and zero the rest of the 16; 0 reads nothing.",
+    "Copy `bytes` (0..16) from a 16-byte aligned global address to shared memory and zero the rest of the 16; "
+    "0 reads nothing.",
     "cp.async.cg.shared.global [$0], [$1], 16, $2;", (u32, u64, u32), "r,l,r,~{memory}")  # fmt: skip
 cp_async_16_unless_negative = instruction(
-    "Copy 16 bytes from a 16-byte aligned global address to shared memory; with a negative last argument read nothing and "
-    "write zeros. One machine instruction, where a byte count known only at run time costs ten.",
+    "Copy 16 bytes from a 16-byte aligned global address to shared memory; with a negative last argument read nothing "
+    "and write zeros. One machine instruction, where a byte count known only at run time costs ten.",
     "{ .reg .pred skip; setp.lt.s32 skip, $2, 0; cp.async.cg.shared.global [$0], [$1], 16, skip; }",
     (u32, u64, u32), "r,l,r,~{memory}")  # fmt: skip
 cp_async_16_whole = instruction(
@@ -211,7 +212,7 @@ unpack_high = {
         "{ .reg .b32 w; and.b32 w, $1, 0xffff0000; mov.b32 $0, w; }", (u32,), "=f,r", f32, volatile=False),
 }  # fmt: skip
 
-# --- arithmetic that must not become Python's (checked, widening) arithmetic -------------------------------------------
+# --- arithmetic that must not become Python's (checked, widening) arithmetic -----------------------------------------
 mad_wide_u32 = instruction(
     "a * b + c with 32-bit factors and a 64-bit sum.", "mad.wide.u32 $0, $1, $2, $3;", (u32, u32, u64), "=l,r,r,l", u64,
     volatile=False)  # fmt: skip
@@ -229,13 +230,13 @@ setmaxnreg_dec = {
     count: instruction(
         f"Give registers of the warpgroup back, down to {count} a thread.",
         f"setmaxnreg.dec.sync.aligned.u32 {count};", (), "~{memory}")
-    for count in (40, 72)
+    for count in (40, 80, 96)
 }  # fmt: skip
 setmaxnreg_inc = {
     count: instruction(
         f"Raise the warpgroup's registers to {count} a thread.",
         f"setmaxnreg.inc.sync.aligned.u32 {count};", (), "~{memory}")
-    for count in (208, 216, 232)
+    for count in (168, 208)
 }  # fmt: skip
 
 # --- mma.sync (PTX ISA 9.7.14.5.8) -----------------------------------------------------------------------------------

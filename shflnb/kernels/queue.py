@@ -1,23 +1,28 @@
 """Which block computes which tile, and when: the work queue of a launch, made on the host in NumPy.
 
-A tile is a (group, column tile) pair and costs its k tiles plus a drain. Tiles are listed in sweeps of a few column tiles over
-all groups, longest group first, so that the activations in use stay inside L2. `grid` persistent blocks take them in turns.
-With equal groups block b simply takes every grid-th tile; with unequal ones each turn's tiles are matched to the blocks,
-the longest tile to the block with the least work so far. No atomics, no counters: a launch depends on nothing but its
-arguments, and the same product runs in the same order every time.
+A tile is a (group, column tile) pair and costs its k tiles plus a drain. Tiles are listed in sweeps of a few column
+tiles over all groups, longest group first, so that the activations in use stay inside L2. `grid` persistent blocks take
+them in turns. With equal groups block b simply takes every grid-th tile; with unequal ones each turn's tiles are
+matched to the blocks, the longest tile to the block with the least work so far. No atomics, no counters: a launch
+depends on nothing but its arguments, and the same product runs in the same order every time.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["DRAIN_TILES", "tile_queue"]
+__all__ = ["COLUMN_TILE_MASK", "DRAIN_TILES", "SWEEP_SHIFT", "tile_queue"]
 
 DRAIN_TILES = 2.0  # what storing a tile's results costs, in k tiles (1.25 us against 0.55 us at v = 64; H200, 2026-11)
 
+SWEEP_SHIFT = 20  # where a kernel with movers finds the sweep in the word of the column tile
+COLUMN_TILE_MASK = (1 << SWEEP_SHIFT) - 1
+
 
 def tile_queue(first: np.ndarray, counts: np.ndarray, n_tiles: int, grid: int, sweep: int) -> np.ndarray:
-    """The queue for `grid` blocks: uint32, shape (turns + 1, grid, 4), records (group, first k tile, k tiles, column tile).
+    """The queue for `grid` blocks: uint32, shape (turns + 1, grid, 4).
+
+    A record is (group, first k tile, k tiles, column tile).
 
     Parameters
     ----------

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from .config import EPILOGUES, smem_limit
 from .launch import KernelSpec
-from .select import candidates
+from .select import candidates, linear_candidates
 from .skinny_choice import RECORDS_IN_FLIGHT_KB, SkinnyConfig, warps_of
 from .skinny_plan import kernel_spec as skinny_spec
 from .skinny_plan import sum_spec
-from .spmm_device import copy_spec, kernel_spec, transpose_spec
+from .spmm_plan import copy_spec, kernel_spec, transpose_spec
 
 __all__ = ["FAMILIES", "TARGETS", "all_specs", "capability_of"]
 
@@ -31,7 +31,8 @@ def capability_of(arch: str) -> tuple[int, int]:
 def _products(arch: str) -> Iterator[KernelSpec]:
     for v in (16, 32, 64, 128):
         for dtype in ("float16", "bfloat16"):
-            for config in candidates(v, dtype, capability_of(arch)):
+            capability = capability_of(arch)
+            for config in [*candidates(v, dtype, capability), *linear_candidates(v, dtype, capability)]:
                 if (config.kernel == "sm90") == arch.endswith("a"):
                     for epilogue in EPILOGUES:
                         yield kernel_spec(config.with_epilogue(epilogue))

@@ -1,8 +1,9 @@
 """Problem -> Config: a tuned table first, a rule second. Pure: the same question gets the same answer, on any machine.
 
-The rule predicts a time for every candidate from four measured constants and takes the least. Measured on one NVIDIA H200
-on 2026-11-22 (fp16, warm, CUDA graphs) over the tiles below: a stage of the ring costs `STAGE_US + KiB * US_PER_KB`, or what
-the tensor cores need if that is longer; a tile costs its drain on top; a launch costs `LAUNCH_US`.
+The rule predicts a time for every candidate from four measured constants and takes the least. Measured on one NVIDIA
+H200 on 2026-11-22 (fp16, warm, CUDA graphs) over the tiles below: a stage of the ring costs
+`STAGE_US + KiB * US_PER_KB`, or what the tensor cores need if that is longer; a tile costs its drain on top; a launch
+costs `LAUNCH_US`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ __all__ = [
     "candidates",
     "choose",
     "has_few_columns",
+    "linear_candidates",
+    "linear_config",
     "predict_us",
     "roof_us",
     "sweep_of",
@@ -37,8 +40,12 @@ DRAIN_US_PER_KB = 0.036
 LAUNCH_US = 2.8
 MIN_STAGE_US = 0.28  # what a stage costs the consumers, however few bytes it has
 # mma.sync kernel: TFLOP/s of the whole H200 at 4096^3, 75 %, by (v, tile_n); sm80 stages overlap across blocks
-SM80_TFLOPS = {(128, 256): 281, (128, 128): 327, (128, 64): 220, (64, 256): 279, (64, 128): 303, (64, 64): 224,
-               (32, 256): 197, (32, 128): 215, (32, 64): 181, (16, 256): 127, (16, 128): 122, (16, 64): 112}  # fmt: skip
+SM80_TFLOPS = {
+    (128, 256): 281, (128, 128): 327, (128, 64): 220,
+    (64, 256): 279, (64, 128): 303, (64, 64): 224,
+    (32, 256): 197, (32, 128): 215, (32, 64): 181,
+    (16, 256): 127, (16, 128): 122, (16, 64): 112,
+}  # fmt: skip
 H200_SMS = 132
 
 # tile_n, tile_k, stages, team
@@ -56,9 +63,17 @@ _SM80_TILES = {
     16: ((256, 32, 4, 2), (128, 32, 4, 4), (64, 32, 4, 4)),
 }
 
-# Up to here the few-column kernel is taken. Off: its first version was right on an H200 in 840 cases (2026-11-22), but the
-# staging of x has been rewritten since and has not run on a GPU; 16 is the crossover that version had.
+# Up to here the few-column kernel is taken. Off: its first version was right on an H200 in 840 cases (2026-11-22), but
+# the staging of x has been rewritten since and has not run on a GPU; 16 is the crossover that version had.
 FEW_COLUMNS = 0
+
+
+# tile_n, tile_k, stages, team of the kernel that turns token-major arrays itself (four warpgroups: 64 accumulators)
+_TURNED_TILES = {128: (128, 64, 6, 2), 64: (256, 64, 4, 2), 32: (256, 64, 5, 2), 16: (256, 64, 5, 2)}
+
+# Tokens from which `linear` takes that kernel instead of transpose, product, transpose. None: it has not run on a GPU
+# yet.
+TURNED_FROM: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Choice:
 
 
 def has_few_columns(n: int) -> bool:
-    """Whether n columns go to the kernel that is bound by the bytes of the weights (`skinny_mma.py`), not to a tile of these."""
+    """Whether n columns go to the kernel that the weights' bytes bound (`skinny_mma.py`), not to a tile of these."""
     return n <= FEW_COLUMNS
 
 
@@ -87,6 +102,21 @@ def candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:
         if config.smem_bytes <= limit:
             found.append(config)
     return found
+
+
+def linear_candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:
+    """The kernels that take token-major arrays as they are, for groups of v rows; none but on capability 9.0."""
+    if capability != (9, 0):
+        return []
+    tile_n, tile_k, stages, team = _TURNED_TILES[v]
+    return [Config("sm90", v, tile_n, tile_k, stages, dtype, team=team, movers=1)]
+
+
+def linear_config(v: int, dtype: str, n: int, capability: tuple[int, int]) -> Config | None:
+    """The kernel for a token-major product with n tokens, or None where transposes around another one are better."""
+    if TURNED_FROM is None or n < TURNED_FROM:
+        return None
+    return next(iter(linear_candidates(v, dtype, capability)), None)
 
 
 def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
@@ -112,7 +142,7 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
 
 
 def roof_us(problem: Problem, sm_count: int, clock_ghz: float = 1.755) -> tuple[float, str]:
-    """The least time of the stitched design, and what sets it: the tensor cores, or L2 to shared memory (50 B per clock).
+    """The least time of the stitched design, and what sets it: the tensor cores, or L2 to shared memory (50 B a clock).
 
     An SM reads 2 (v + 256) bytes per kept column for a tile of 256 tokens (two groups or two token tiles do not share).
     """

@@ -5,9 +5,10 @@
 One block computes one (group, column tile) tile; blocks are started in the order of the queue, longest group first, so
 the hardware's own scheduler evens out unequal groups. Shared memory is a ring of cp.async stages; one stage is
 
-    stitched x      [tile_n / 64 atoms][tile_k rows][128 B]   16-byte chunk c of row r stands at c ^ (r % 8), so that the 8
-                                                              rows of an ldmatrix fall into different banks
-    packed weights  [tile_k / 16][v / 16][32 lanes][16 B]     operand A in fragment order: a lane's 8 halves side by side
+    stitched x      [tile_n / 64 atoms][tile_k rows][128 B]   16-byte chunk c of row r stands at c ^ (r % 8), so that
+                                                              the 8 rows of an ldmatrix fall into different banks
+    packed weights  [tile_k / 16][v / 16][32 lanes][16 B]     operand A in fragment order: a lane's 8 halves side by
+                                                              side
 
     warps of a block, v = 128, tile_n = 128:   +----+----+----+----+   each 64 x 32: 4 x 4 instructions of m16n8k16
                                                | w0 | w1 | w2 | w3 |   a step of k
@@ -24,7 +25,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from .config import Config
+from .config import ATOM_BYTES, Config
 from .epilogue import HAS_RESIDUAL, make_activation, make_load_bias, make_load_residual, store_chunk
 from .ptx import (
     cp_async_16,
@@ -47,7 +48,6 @@ from .ptx import (
 __all__ = ["make_spmm_sm80"]
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
-ATOM_BYTES = 128  # one row of a 64-token atom
 FRAGMENT_BYTES = 512  # a 16x16 operand A of a warp
 
 
@@ -113,7 +113,7 @@ def make_multiply(config: Config) -> Callable[..., Any]:
 
 
 def make_drain(config: Config, mi: int) -> Callable[..., Any]:
-    """Device function that finishes and stores 16 rows of a warp; one function per mi, see `spmm_sm90.make_drain`."""
+    """Device function that finishes and stores 16 rows of a warp; one per mi, see `sm90_consumer.make_drain`."""
     n_pairs, warp_n = config.sm80_warp_n // 16, config.sm80_warp_n
     plain = config.epilogue == "plain"
     activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
@@ -159,7 +159,7 @@ def make_drain(config: Config, mi: int) -> Callable[..., Any]:
 
 
 def make_spmm_sm80(config: Config) -> Callable[..., Any]:
-    """The kernel function of a config; the arguments are those of `spmm_sm90`, and the grid has a block for every tile."""
+    """The kernel function of a config; the arguments are those of `spmm_sm90`. The grid has a block for every tile."""
     v, tile_n, tile_k, stages = config.v, config.tile_n, config.tile_k, config.stages
     threads, stage_bytes, w_bytes = config.threads, config.stage_bytes, config.w_stage_bytes
     chunks = tile_n // 8

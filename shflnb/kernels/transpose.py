@@ -17,8 +17,8 @@ from numba.cuda import types
 
 from .ptx import (
     div_u32,
-    ld_global_u16,
     ld_global_stream_v4,
+    ld_global_u16,
     ld_shared_v4,
     ldmatrix_x4_trans,
     smem_address,
@@ -69,11 +69,11 @@ def _beyond(room, count):
 def make_transpose(is_chained: bool = False) -> Callable[..., Any]:
     """The kernel (src, lds, dst, ldd, rows, cols, fast_tiles, flags); one block a tile.
 
-    Bits of flags: 0: src rows are 16-byte aligned; 1: dst rows are; 2: dst is a result, not what the next kernel reads, and
-    should not push that out of L2. `fast_tiles` tiles are taken along one side before the next step along the other, tokens
-    (rows, or with bit 3 columns), which runs from the last to the first: the product before or after works from the first to
-    the last, so each finds in L2 what the other touched most recently. `is_chained` kernels (capability 9.0) may be launched
-    to overlap the end of the kernel before them.
+    Bits of flags: 0: src rows are 16-byte aligned; 1: dst rows are; 2: dst is a result, not what the next kernel reads,
+    and should not push that out of L2. `fast_tiles` tiles are taken along one side before the next step along the
+    other, tokens (rows, or with bit 3 columns), which runs from the last to the first: the product before or after
+    works from the first to the last, so each finds in L2 what the other touched most recently. `is_chained` kernels
+    (capability 9.0) may be launched to overlap the end of the kernel before them.
     """
 
     def transpose(src, lds, dst, ldd, rows, cols, fast_tiles, flags):
@@ -141,7 +141,10 @@ def make_transpose(is_chained: bool = False) -> Callable[..., Any]:
 
 
 def make_copy_strided() -> Callable[..., Any]:
-    """The kernel (src, row and column strides, dst, row and column strides, rows, cols), strides in values, any sign-free."""
+    """The kernel (src, row and column strides, dst, row and column strides, rows, cols).
+
+    Strides are in values, any of them, in unsigned arithmetic.
+    """
 
     def copy_strided(src, src_row, src_col, dst, dst_row, dst_col, rows, cols):
         col = u64(cuda.blockIdx.x) * u64(COPY_THREADS) + u64(cuda.threadIdx.x)

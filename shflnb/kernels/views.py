@@ -53,7 +53,8 @@ def _interface_view(x: Any, device: int) -> DeviceView:
     return DeviceView(int(interface["data"][0] or 0), shape, tuple(s // size for s in strides), dtype, device, x)
 
 
-# torch has exported bfloat16 as if it were float16: what a type string alone says is only trusted for arrays of other makers
+# torch has exported bfloat16 as if it were float16: what a type string alone says is trusted only for the arrays of
+# other makers
 _TYPESTR = {"<f2": "float16", "<f4": "float32", "<f8": "float64"}
 
 
@@ -76,8 +77,8 @@ def device_view(x: Any, *, what: str) -> DeviceView:
             return _dlpack_view(x)
         return _interface_view(x, _pointer_device(x))
     raise DtypeError(
-        f"{what} is a {type(x).__module__}.{type(x).__name__} that is not on a CUDA device; all arrays of a call must be on "
-        "the device of x"
+        f"{what} is a {type(x).__module__}.{type(x).__name__} that is not on a CUDA device; all arrays of a call must "
+        "be on the device of x"
     )
 
 
@@ -126,7 +127,7 @@ def torch_stream(device: int) -> int:
 
 
 def current_stream(view_owner: Any, device: int) -> int:
-    """Raw handle of the stream the owner's framework works on now; the legacy default stream for anyone else's arrays."""
+    """Raw handle of the stream the owner's framework works on now; the legacy default stream for all other arrays."""
     kind = kind_of(view_owner)
     if kind == "torch-cuda":
         return torch_stream(device)
@@ -151,6 +152,6 @@ def new_matrix(rows: int, cols: int, like: Any, dtype: str) -> Any:
 
         return cuda.device_array((rows, cols), dtype=like.dtype)
     raise DeviceError(
-        f"shflnb cannot make an array like {type(like).__name__}; pass out= (and use torch or CuPy arrays where a layout has "
-        "to be changed)"
+        f"shflnb cannot make an array like {type(like).__name__}; pass out= (and use torch or CuPy arrays where a "
+        "layout has to be changed)"
     )

@@ -158,7 +158,7 @@ def _explain(
     ordinal: int | None,
 ) -> Explanation:
     from ..kernels import remembered
-    from ..kernels.spmm_device import problem_of
+    from ..kernels.spmm_plan import problem_of
 
     problem = problem_of(half, n)
     if has_few_columns(n):
@@ -219,7 +219,7 @@ def _resident(config: Config, capability: tuple[int, int]) -> int:
 def _ask(config: Config, ordinal: int) -> tuple[int, int]:
     """Registers a thread and blocks on a multiprocessor, from the driver."""
     from ..kernels.launch import device_context
-    from ..kernels.spmm_device import kernel_spec
+    from ..kernels.spmm_plan import kernel_spec
 
     context = device_context(ordinal)
     loaded = context.kernel(kernel_spec(config), 0)

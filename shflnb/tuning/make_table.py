@@ -76,7 +76,7 @@ def pick(found: Sequence[Tuned], rule: Sequence[Config]) -> Config | None:
 
 def _build(job: tuple[Config, tuple[int, int]]) -> None:
     from ..kernels import compiler
-    from ..kernels.spmm_device import kernel_spec
+    from ..kernels.spmm_plan import kernel_spec
 
     spec = kernel_spec(job[0])
     spec.build(compiler.arch_of(job[1], spec.family))

@@ -204,7 +204,8 @@ def measure_candidates(
 ) -> Tuned:
     """Check and time the candidates (or `configs`) for one n on a device."""
     from ..kernels import remembered
-    from ..kernels.spmm_device import device_matmul, problem_of
+    from ..kernels.spmm_device import device_matmul
+    from ..kernels.spmm_plan import problem_of
     from ..kernels.timing import Bench
 
     problem = problem_of(packed, n)

@@ -418,7 +418,7 @@ for v in map(int, sys.argv[1:]):
 
 
 def test_kernels_cached_by_different_processes_do_not_mix(tmp_path):
-    """Two processes each compile one token kernel into the cache; a third loads both (inner functions have own names)."""
+    """Two processes each compile a token kernel into the cache; a third loads both (inner functions have own names)."""
     environment = {**os.environ, "SHFLNB_CACHE_DIR": str(tmp_path)}
     for heights in (["64"], ["32"], ["64", "32", "64"]):
         done = subprocess.run(

@@ -19,7 +19,7 @@ from gpu_cases import Verdicts, dense_of, expected, random_packed
 import shflnb
 from shflnb.errors import ArgumentError, CaptureError, DeviceError, DtypeError, ShapeError
 from shflnb.kernels.launch import device_context
-from shflnb.kernels.spmm_device import kernel_spec, plan_for, transpose_spec
+from shflnb.kernels.spmm_plan import kernel_spec, plan_for, transpose_spec
 
 pytestmark = pytest.mark.gpu
 

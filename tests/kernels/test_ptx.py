@@ -18,7 +18,7 @@ from numba.cuda import types
 from shflnb.formats.layout import to_mma, to_wgmma
 from shflnb.kernels import compiler, ptx
 from shflnb.kernels.queue import DRAIN_TILES, tile_queue
-from shflnb.kernels.spmm_device import _kernel_arrays
+from shflnb.kernels.spmm_plan import _kernel_arrays
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
 
@@ -75,8 +75,8 @@ QUARTET = {
 TABLES = {
     "cp_async_wait": [("cp.async.wait_group {};", range(8))],
     "wgmma_wait": [("wgmma.wait_group.sync.aligned {};", (0, 1))],
-    "setmaxnreg_dec": [("setmaxnreg.dec.sync.aligned.u32 {};", (40, 72))],
-    "setmaxnreg_inc": [("setmaxnreg.inc.sync.aligned.u32 {};", (208, 216, 232))],
+    "setmaxnreg_dec": [("setmaxnreg.dec.sync.aligned.u32 {};", (40, 80, 96))],
+    "setmaxnreg_inc": [("setmaxnreg.inc.sync.aligned.u32 {};", (168, 208))],
 }
 
 

@@ -1,5 +1,7 @@
 """The few-column product on the GPU: exactness, promise 2, strides, epilogues, determinism, graphs, the short road."""
 
+# ruff: noqa: E402  (what is imported needs torch and numba-cuda, and the tests skip without them)
+
 from __future__ import annotations
 
 import itertools

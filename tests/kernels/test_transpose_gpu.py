@@ -15,7 +15,7 @@ from gpu_cases import GUARD, MARK, dense_of, random_packed
 
 import shflnb
 from shflnb.kernels.config import ceil_div
-from shflnb.kernels.spmm_device import _Call
+from shflnb.kernels.device_call import Call
 from shflnb.kernels.views import device_view
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +45,7 @@ def numbers(rows: int, cols: int) -> Any:
 
 def call_on(x: Any) -> Any:
     """What a product uses to launch its layout kernels."""
-    return _Call(random_packed(16, 8, 16), x, device_view(x, what="x"))
+    return Call(random_packed(16, 8, 16), x, device_view(x, what="x"))
 
 
 @pytest.mark.parametrize("rows", SIZES)

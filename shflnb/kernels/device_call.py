@@ -1,0 +1,187 @@
+"""What a checked call on device arrays launches: copies and transposes to workspaces, and the product between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..formats.shflbw import ShflBWMatrix
+from .config import Config, ceil_div
+from .launch import device_context
+from .linear_plan import fits, launch_turned, turned_plan, work_values
+from .memo import FewColumnsMemo, TurnedMemo
+from .operands import ALIGNED, HAS_RESIDUAL, is_row_major
+from .select import linear_config
+from .skinny_plan import out_flags, run_skinny, x_flags
+from .spmm_plan import Plan, copy_spec, plan_for, transpose_spec
+from .views import DeviceView, current_stream, device_view, new_matrix
+
+__all__ = ["Call", "run", "run_few", "run_linear", "run_turned"]
+
+
+class Call:
+    """One call on one device and stream: launches kernels and keeps its workspaces alive until they are enqueued."""
+
+    def __init__(self, packed: ShflBWMatrix, x: Any, view: DeviceView) -> None:
+        self.packed, self.like, self.view = packed, x, view
+        self.context = device_context(view.device)
+        self.stream_handle = current_stream(x, view.device)
+
+    def workspace(self, rows: int, cols: int) -> tuple[int, int, Any]:
+        """(address, leading dimension, owner) of an uninitialised feature-major matrix with aligned rows."""
+        ld = max(8, ceil_div(cols, 8) * 8)
+        owner = new_matrix(max(1, rows), ld, self.like, self.packed.dtype)
+        return device_view(owner, what="workspace").address, ld, owner
+
+    def copy(self, src: tuple[int, int, int], dst: tuple[int, int, int], rows: int, cols: int) -> None:
+        """dst[r, c] = src[r, c]; (address, row stride, column stride) each."""
+        if rows == 0 or cols == 0:
+            return
+        kernel = self.context.kernel(copy_spec(), self.stream_handle)
+        grid = (ceil_div(cols, kernel.spec.threads), min(rows, 65535), 1)
+        self.context.launch(self.stream_handle, kernel.config(grid), kernel, *src, *dst, rows, cols)
+
+    def transpose(self, src: int, lds: int, dst: int, ldd: int, rows: int, cols: int, is_result: bool = False) -> None:
+        """dst[c, r] = src[r, c]; leading dimensions in values. Tokens are the rows of src, of a result its columns."""
+        if rows == 0 or cols == 0:
+            return
+        is_chained = self.context.has_chaining
+        kernel = self.context.kernel(transpose_spec(is_chained), self.stream_handle)
+        flags = (src % 16 == 0 and lds % 8 == 0) | (dst % 16 == 0 and ldd % 8 == 0) << 1 | is_result << 2
+        fast = ceil_div(rows if is_result else cols, 64)  # the other side holds the tokens
+        if is_result:
+            flags |= 8
+        blocks = ceil_div(rows, 64) * ceil_div(cols, 64)
+        grid = kernel.config(blocks, is_chained=is_chained)
+        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, fast, int(flags))
+
+    def plan(
+        self, n: int, activation: str | None, bias: tuple[int, int], residual: tuple[int, int], config: Config | None
+    ) -> Plan:
+        """The launch record for these operands."""
+        plain = activation is None and not bias[0] and not residual[0]
+        epilogue = "plain" if plain else activation or "identity"
+        return plan_for(self.packed, self.context, n, epilogue, self.stream_handle, config)
+
+    def product(self, x: int, ldx: int, out: int, ldo: int, n: int, bias: tuple[int, int], residual: tuple[int, int],
+                activation: str | None, config: Config | None) -> None:  # fmt: skip
+        """out (m, n) = f(W x + bias) + residual on aligned feature-major x.
+
+        bias is (address, flags), residual (address, leading dimension).
+        """
+        plan = self.plan(n, activation, bias, residual, config)
+        flags = bias[1]
+        if residual[0]:
+            flags |= HAS_RESIDUAL
+        if (out | residual[0]) % 16 == 0 and (ldo | residual[1]) % 8 == 0:
+            flags |= ALIGNED
+        self.context.launch(self.stream_handle, plan.launch_config, plan.kernel, *plan.head, x, out, bias[0],
+                            residual[0], n, ldx, ldo, residual[1], flags)  # fmt: skip
+
+    def aligned_x(self, rows: tuple[int, int, int, int, int]) -> tuple[int, int, Any]:
+        """Address and leading dimension of x with 16-byte aligned rows: x itself, or a copy."""
+        address, k, n, row_stride, col_stride = rows
+        if k <= 1:
+            row_stride = ceil_div(max(row_stride, n, 1), 8) * 8
+        if (n <= 1 or col_stride == 1) and address % 16 == 0 and row_stride % 8 == 0 and n <= row_stride < 2**31:
+            return address, row_stride, None
+        target, ld, owner = self.workspace(k, n)
+        self.copy((address, rows[3], col_stride), (target, ld, 1), k, n)
+        return target, ld, owner
+
+
+def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residual: Any, activation: str | None,
+            out_shape: tuple[int, ...]) -> FewColumnsMemo:  # fmt: skip
+    """The product with few columns between checked operands.
+
+    Each is (address, features, tokens, feature stride, token stride). The memo is for an x and a result of these
+    strides at aligned addresses, without residual.
+    """
+    k = call.packed.shape[1]
+    added = (0, 0, 0) if residual is None else (residual[0], residual[4], residual[3])
+    plan = run_skinny(call, x[0], x[4], x[3], n, out[0], out[4], out[3], bias, added, activation)
+    flags = bias[1] | x_flags(0, x[4], x[3], n) | out_flags(0, out[4], out[3])
+    strides = (x[4], x[3], out[4], out[3], 0, 0, n | flags << 16 | k << 32, *plan.tail)
+    return FewColumnsMemo(call.context, plan.kernels, plan.head, strides, plan.work_bytes // 2, out_shape)
+
+
+def run(call: Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res_rows: Any, activation: str | None,
+        config: Config | None) -> tuple[Any, int]:  # fmt: skip
+    """The product between checked feature-major operands; misaligned or strided ones go through workspaces.
+
+    Returns the copy of x that was needed, or None, and the leading dimension of x.
+    """
+    m = call.packed.shape[0]
+    x_address, ldx, keep_x = call.aligned_x(rows)
+    residual, keep_r = (0, 0), None
+    if res_rows is not None:
+        if is_row_major(m, n, res_rows[3], res_rows[4]):
+            residual = (res_rows[0], res_rows[3] if m > 1 else max(8, ceil_div(n, 8) * 8))
+        else:
+            target, ld, keep_r = call.workspace(m, n)
+            call.copy((res_rows[0], res_rows[3], res_rows[4]), (target, ld, 1), m, n)
+            residual = (target, ld)
+    if is_row_major(m, n, out_rows[3], out_rows[4]):
+        ldo = out_rows[3] if m > 1 else max(8, ceil_div(n, 8) * 8)
+        call.product(x_address, ldx, out_rows[0], ldo, n, bias, residual, activation, config)
+    else:
+        target, ld, keep_o = call.workspace(m, n)
+        call.product(x_address, ldx, target, ld, n, bias, residual, activation, config)
+        call.copy((target, ld, 1), (out_rows[0], out_rows[3], out_rows[4]), m, n)
+        del keep_o
+    del keep_r
+    return keep_x, ldx
+
+
+def run_turned(call: Call, x: Any, out: Any, bias: tuple[int, int], activation: str | None, config: Config | None,
+               out_shape: tuple[int, ...]) -> TurnedMemo | None:  # fmt: skip
+    """The product of token-major x and out in one launch.
+
+    Both are (address, tokens, features, token stride, feature stride). None where the kernel cannot take them, or
+    another way is better. `config` forces a kernel (one with movers).
+    """
+    m, k = call.packed.shape
+    n = x[1]
+    if not fits((m, k), n, (x[0], x[3], x[4]), (out[0], out[3], out[4])):
+        return None
+    chosen = config or linear_config(call.packed.block[0], call.packed.dtype, n, call.context.capability)
+    if chosen is None:
+        return None
+    epilogue = activation or ("identity" if bias[0] else "plain")
+    plan = turned_plan(call.packed, call.context, n, chosen.with_epilogue(epilogue), call.stream_handle)
+    works = [new_matrix(1, values, call.like, call.packed.dtype) for values in work_values(plan)]
+    first, second = (device_view(work, what="workspace").address for work in works)
+    sizes, flags = (n, k, m), bias[1] | ALIGNED
+    launch_turned(plan, call.stream_handle, (x[0], x[3]), (out[0], out[3]), (first, second), (bias[0], flags), sizes)
+    return TurnedMemo(plan, x[3], sizes, flags, out_shape)
+
+
+def run_linear(call: Call, x: Any, out_at: Any, bias: tuple[int, int], res: Any, activation: str | None,
+               config: Config | None) -> None:  # fmt: skip
+    """The token-major product between checked operands; what is not feature-major is transposed before and after."""
+    m, k = call.packed.shape
+    address, n, _, token_stride, feature_stride = x
+    keep = []
+    if token_stride == 1 or n == 1:
+        x_rows = (address, k, n, feature_stride, 1)
+    elif feature_stride == 1 and k > 1:
+        target, ld, owner = call.workspace(k, n)
+        keep.append(owner)
+        call.transpose(address, token_stride, target, ld, n, k)
+        x_rows = (target, k, n, ld, 1)
+    else:
+        x_rows = (address, k, n, feature_stride, token_stride)
+    res_rows = None if res is None else (res[0], m, n, res[4], res[3])
+    if res_rows is not None and not is_row_major(m, n, res_rows[3], res_rows[4]) and res[4] == 1:
+        target, ld, owner = call.workspace(m, n)
+        keep.append(owner)
+        call.transpose(res[0], res[3], target, ld, n, m)
+        res_rows = (target, m, n, ld, 1)
+    out_rows = (out_at[0], m, n, out_at[4], out_at[3])
+    if out_at[4] == 1 and m > 1 and n > 1:  # token-major out: the product into a workspace, then a transpose
+        target, ld, owner = call.workspace(m, n)
+        keep.append(owner)
+        run(call, x_rows, (target, m, n, ld, 1), n, bias, res_rows, activation, config)
+        call.transpose(target, ld, out_at[0], out_at[3], m, n, is_result=True)
+    else:
+        run(call, x_rows, out_rows, n, bias, res_rows, activation, config)
+    del keep

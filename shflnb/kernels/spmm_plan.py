@@ -1,0 +1,184 @@
+"""Launch records of the product: how kernels are built, weights and work queues on a device, and a plan for every n.
+
+Plans, weights and queues are kept in the packed matrix's `launch_cache`.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..formats.layout import KernelLayout, to_mma, to_wgmma
+from ..formats.shflbw import ShflBWMatrix
+from .config import Config, Problem, ceil_div
+from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
+from .queue import tile_queue
+from .remembered import load as remembered_entries
+from .select import Choice, choose, sweep_of
+
+__all__ = ["DeviceWeights", "Plan", "copy_spec", "device_weights", "keep", "kernel_spec", "plan_for", "problem_of",
+           "transpose_spec"]  # fmt: skip
+
+PLANS_KEPT = 1024  # launch records a packed matrix keeps; a model whose batch changes at every call stays bounded
+NO_ROW = np.uint32(0xFFFFFFFF)
+_BUILD_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class DeviceWeights:
+    """A packed matrix in a kernel's layout on a device."""
+
+    memory: DeviceMemory
+    """Values, columns and rows, as the kernels take them."""
+    first: np.ndarray
+    counts: np.ndarray
+    """First k tile and number of k tiles of each group."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a launch that does not change from call to call."""
+
+    choice: Choice
+    kernel: LoadedKernel
+    launch_config: Any
+    weights: DeviceWeights
+    queue: DeviceMemory
+    head: tuple[int, ...]
+    """Addresses of values, columns, queue and rows."""
+
+
+def kernel_spec(config: Config) -> KernelSpec:
+    """How to build the kernel of a config."""
+
+    def make() -> Any:
+        if config.movers:
+            from .linear_sm90 import make_linear_sm90
+
+            return make_linear_sm90(config)
+        if config.kernel == "sm90":
+            from .spmm_sm90 import make_spmm_sm90
+
+            return make_spmm_sm90(config)
+        from .spmm_sm80 import make_spmm_sm80
+
+        return make_spmm_sm80(config)
+
+    arguments = 19 if config.movers else 13
+    return KernelSpec(
+        repr(config), config.name, config.kernel, make, arguments, config.threads, config.smem_bytes,
+        config.blocks_per_sm,
+    )  # fmt: skip
+
+
+def transpose_spec(is_chained: bool) -> KernelSpec:
+    """How to build the transpose kernel."""
+    from .transpose import TRANSPOSE_THREADS, make_transpose
+
+    name = "shflnb_transpose_chained" if is_chained else "shflnb_transpose"
+    return KernelSpec(name, name, "transpose", lambda: make_transpose(is_chained), 8, TRANSPOSE_THREADS)
+
+
+def copy_spec() -> KernelSpec:
+    """How to build the kernel that copies between any strides."""
+    from .transpose import COPY_THREADS, make_copy_strided
+
+    return KernelSpec("copy_strided", "shflnb_copy_strided", "copy", make_copy_strided, 8, COPY_THREADS)
+
+
+def problem_of(packed: ShflBWMatrix, n: int) -> Problem:
+    """The product of a packed matrix with n columns, as the selection sees it."""
+    m, k = packed.shape
+    lengths = np.diff(packed.indptr)
+    return Problem(m, k, n, packed.block[0], packed.dtype, int(packed.indptr[-1]), int(lengths.max(initial=0)))
+
+
+def _kernel_arrays(layout: KernelLayout, packed: ShflBWMatrix) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """([values, columns, rows], first k tile, k tiles) of a layout; an empty group gets a tile of padding."""
+    counts = np.diff(layout.tile_ptr).astype(np.int64)
+    first = layout.tile_ptr[:-1].astype(np.int64)
+    values, columns = layout.values, layout.columns
+    if (counts == 0).any():
+        first = np.where(counts == 0, layout.tiles, first)
+        counts = np.maximum(counts, 1)
+        values = np.concatenate([values, np.zeros(layout.tile_k * layout.v, values.dtype)])
+        columns = np.concatenate([columns, np.full(layout.tile_k, -1, np.int32)])
+    rows = np.full(len(counts) * layout.v, NO_ROW, np.uint32)
+    rows[: packed.shape[0]] = packed.row_perm
+    return [values.view(np.uint16), columns, rows], first, counts
+
+
+def device_weights(
+    packed: ShflBWMatrix, context: DeviceContext, kernel: str, tile_k: int, stream: int
+) -> DeviceWeights:
+    """The packed matrix in the layout of a kernel ("sm90" or "sm80") and tile_k; uploaded at the first call."""
+    key = ("weights", context.ordinal, kernel, tile_k)
+    found = packed.launch_cache.get(key)
+    if found is None:
+        context.refuse_capture(stream, "upload the packed weights")
+        with _BUILD_LOCK:
+            found = packed.launch_cache.get(key)
+            if found is None:
+                layout = (to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k)
+                arrays, first, counts = _kernel_arrays(layout, packed)
+                with context.current():
+                    found = packed.launch_cache[key] = DeviceWeights(DeviceMemory(context, arrays), first, counts)
+    return found
+
+
+def _queue(
+    packed: ShflBWMatrix, context: DeviceContext, weights: DeviceWeights, shape: tuple[int, int, int], stream: int
+) -> DeviceMemory:
+    """The work queue for (column tiles, grid, sweep), shared by every n that has as many column tiles."""
+    key = ("queue", id(weights), shape)
+    found: DeviceMemory | None = packed.launch_cache.get(key)
+    if found is None:
+        context.refuse_capture(stream, "upload the work queue")
+        with context.current():
+            found = DeviceMemory(context, [tile_queue(weights.first, weights.counts, *shape)])
+        packed.launch_cache[key] = found
+    return found
+
+
+def plan_for(
+    packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int, config: Config | None = None
+) -> Plan:
+    """The launch record for n columns; built at the first call with this n, then found again.
+
+    Raises `CaptureError` when it would have to compile or upload while `stream` is captured.
+    """
+    key = ("plan", context.ordinal, n, epilogue, config)
+    plan: Plan | None = packed.launch_cache.get(key)
+    if plan is None:
+        problem = problem_of(packed, n)
+        if config is None:
+            remembered = {**remembered_entries(context.name), **packed.launch_cache.get("tuned", {})}
+            choice = choose(problem, context.capability, context.sm_count, context.name, remembered)
+        else:
+            choice = choose(problem, context.capability, context.sm_count, only=[config])
+        chosen = choice.config.with_epilogue(epilogue)
+        kernel = context.kernel(kernel_spec(chosen), stream)
+        weights = device_weights(packed, context, chosen.kernel, chosen.tile_k, stream)
+        n_tiles = ceil_div(n, chosen.tile_n)
+        tiles = len(weights.counts) * n_tiles
+        grid = min(context.sm_count * chosen.blocks_per_sm, tiles) if chosen.kernel == "sm90" else tiles
+        memory = _queue(packed, context, weights, (n_tiles, grid, sweep_of(chosen, n_tiles)), stream)
+        values, columns, rows = weights.memory.addresses
+        launch_config = kernel.config(grid, is_chained=chosen.kernel == "sm90")
+        plan = Plan(choice, kernel, launch_config, weights, memory, (values, columns, memory.addresses[0], rows))
+        keep(packed, key, plan)
+    return plan
+
+
+def keep(packed: ShflBWMatrix, key: Any, record: Any) -> None:
+    """Keep a plan or memo, after dropping all of them where they have become many.
+
+    They are cheap to make again; weights and queues stay, since a captured graph may hold their addresses.
+    """
+    if len(packed.launch_cache) > PLANS_KEPT:
+        for old in [k for k in packed.launch_cache if k[0] in ("plan", "memo")]:
+            packed.launch_cache.pop(old, None)
+    packed.launch_cache[key] = record
