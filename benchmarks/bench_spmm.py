@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import SPARSITIES, Case, Shape, V, all_shapes, bar_of, table_cases
+from cases import LOADS, SPARSITIES, Case, Shape, V, all_shapes, bar_of, table_cases
 from matrices import dense_of, random_packed, random_tensor
 from protocol import Timing, check, device_clock, eager_us, feed, measure, rotations
 from records import RESULTS, Budget, Results, machine, prebuild, results_name, write_machine
@@ -32,9 +32,10 @@ import shflnb
 from shflnb.formats import ShflBWMatrix
 
 FIELDS = (
-    "gpu", "date", "name", "m", "k", "n", "sparsity", "v", "dtype", "op", "groups", "kernel", "inputs", "what",
-    "config", "median_us", "p10_us", "p90_us", "samples", "launches", "method", "sm_mhz", "eager_us", "dense_us",
-    "dense_what", "dense_tflops", "speedup", "tflops", "roof_us", "roof_by", "percent_of_roof", "gbps", "error", "note",
+    "gpu", "date", "name", "m", "k", "n", "sparsity", "v", "dtype", "op", "groups", "kernel", "inputs", "load",
+    "what", "config", "median_us", "p10_us", "p90_us", "samples", "launches", "method", "sm_mhz", "eager_us",
+    "dense_us", "dense_what", "dense_tflops", "speedup", "tflops", "roof_us", "roof_by", "percent_of_roof", "gbps",
+    "error", "note",
 )  # fmt: skip
 SPREAD = 0.25
 L2_BYTES_PER_US, MEMORY_BYTES_PER_US = 9.4e6, 4.3e6
@@ -168,10 +169,29 @@ def time_group(cases: Sequence[Case], weights: Weights, results: Results, common
             else:
                 wrong += 1
         del reference
-    timings = measure(subjects, device)
-    best = min((n for n in timings if n.startswith("dense ")), key=lambda n: timings[n].median_us)
     common = common | {"name": shape.name, "m": shape.m, "k": shape.k, "n": shape.n, "dtype": dtype, "op": first.op,
                        "inputs": first.inputs}  # fmt: skip
+    lines = [
+        time_load(load, subjects, checked, dense_errors, xs[0], results, common | {"load": load})
+        for load in (LOADS if device.startswith("cuda") else LOADS[1:])
+    ]
+    title = f"{shape.name} {shape.m}x{shape.k}x{shape.n} {dtype} {first.op} {first.inputs}"
+    return "\n    ".join([title, *lines]), wrong
+
+
+def time_load(
+    load: str,
+    subjects: dict[str, Any],
+    checked: Sequence[tuple[Case, str, ShflBWMatrix, float]],
+    dense_errors: dict[str, float],
+    x: torch.Tensor,
+    results: Results,
+    common: dict[str, Any],
+) -> str:
+    """Time checked products under one load and write their rows; a line about them."""
+    shape, device = checked[0][0].shape, str(x.device)
+    timings = measure(subjects, device, load=load)
+    best = min((n for n in timings if n.startswith("dense ")), key=lambda n: timings[n].median_us)
     for name in (n for n in timings if n.startswith("dense ")):
         tflops = shape.flops / timings[name].median_us / 1e6
         eager = eager_us(subjects[name][0], device, device_us=timings[name].median_us)
@@ -182,13 +202,12 @@ def time_group(cases: Sequence[Case], weights: Weights, results: Results, common
     for case, name, packed, error in checked:
         row = common | sparse_row(case, name, packed, error, timings.get(name), timings[best], best, device)
         if name in timings and not case.kernel:
-            call = eager_call(case, packed, xs[0])
+            call = eager_call(case, packed, x)
             row["eager_us"] = f"{eager_us(call, device, device_us=timings[name].median_us):.4g}"
         results.add(row)
         parts.append(f"v{case.v} {100 * case.sparsity:g}%{_tag(case)} {row.get('speedup', 'WRONG')}x")
     dense_tflops = shape.flops / timings[best].median_us / 1e6
-    line = f"{shape.name} {shape.m}x{shape.k}x{shape.n} {dtype} {first.op} {first.inputs}"
-    return f"{line}: {best} {timings[best].median_us:.1f} us {dense_tflops:.0f} TF | {'; '.join(parts)}", wrong
+    return f"{load}: {best} {timings[best].median_us:.1f} us {dense_tflops:.0f} TF | {'; '.join(parts)}"
 
 
 def _tag(case: Case) -> str:
@@ -342,8 +361,10 @@ def judge(path: Path) -> None:
                 continue
             verdict = "ok" if float(row["speedup"]) >= bar[0] else "MISSED"
             sizes = f"{row['m']}x{row['k']}x{row['n']} {row['op']} {100 * float(row['sparsity']):g}% v{row['v']}"
-            print(f"{verdict:6} {sizes:42} {float(row['speedup']):.2f}x  bar {bar[0]} / {bar[1] or '-'}  "
-                  f"{row['median_us']} us  {row['percent_of_roof']} % of roof")  # fmt: skip
+            print(
+                f"{verdict:6} {row['load']:9} {sizes:42} {float(row['speedup']):.2f}x  "
+                f"bar {bar[0]} / {bar[1] or '-'}  {row['median_us']} us  {row['percent_of_roof']} % of roof"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BARS", "PEER_SHAPES", "SPARSITIES", "V", "Case", "Shape", "all_shapes", "bar_of", "table_cases"]
+__all__ = ["BARS", "LOADS", "PEER_SHAPES", "SPARSITIES", "V", "Case", "Shape", "all_shapes", "bar_of", "table_cases"]
+
+LOADS = ("burst", "sustained")
+"""How busy the GPU is while products are timed, see `protocol.py`; the bars are judged in bursts."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@
        What cannot be captured is launched behind a kernel that sleeps until the host is done ("events").
     3. All subjects of a comparison are timed in turns, round by round, so that clocks and temperature meet all of them
        (on the CPU one after the other: see `_measure_host`).
-    4. Median, 10th and 90th percentile over the rounds. `inputs` says "warm" (one set of operands, replayed) or
+    4. Two loads. "burst": samples of half a millisecond with pauses between them, so that the card keeps its clock:
+       what one product takes. "sustained": samples of 2 ms without pauses, dense and sparse in turns, at the card's
+       power limit: what a stream of nothing but products takes.
+    5. Median, 10th and 90th percentile over the rounds. `inputs` says "warm" (one set of operands, replayed) or
        "rotated" (as many sets in turn as exceed the L2 cache twice).
-    5. Every row goes to the CSV as soon as it is known, with the error of its check and the clock it ran at.
+    6. Every row goes to the CSV as soon as it is known, with the error of its check and the clock it ran at.
 
 On the CPU (`device="cpu"`) the same code times with the host's clock. Run scripts from the root of the repository.
 """
@@ -41,6 +44,7 @@ __all__ = [
 ROUNDS = 15
 SAMPLE_US = 2000.0  # a replay begins 5 to 10 us after its event: with few launches that time would count as theirs
 """Device time of one sample: enough launches that the resolution of the events (0.5 us) stays below 0.1 %."""
+BURST_SAMPLE_US, BURST_PAUSE_S = 500.0, 0.01
 HOST_PAUSE_S = 0.08
 ERROR_LIMIT = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-12}
 """Largest ||out - reference|| / ||reference||: the rounding of the result, doubled and more."""
@@ -193,9 +197,10 @@ def measure(
     device: str = "cuda",
     *,
     rounds: int = ROUNDS,
-    sample_us: float = SAMPLE_US,
+    sample_us: float | None = None,
     warm_s: float = 0.03,
     no_graph: Iterable[str] = (),
+    load: str = "sustained",
 ) -> dict[str, Timing]:
     """Time every subject, in turns.
 
@@ -205,16 +210,22 @@ def measure(
     device : "cuda" or "cpu"
     rounds, sample_us, warm_s
         Samples of each subject, device microseconds of a sample, and seconds of running before the first one counts.
+        Without `sample_us` those of the load.
     no_graph : names
         Subjects that must not be captured into a CUDA graph.
+    load : one of `cases.LOADS`
+        Whether the device pauses before each sample; the CPU knows no difference.
     """
+    is_burst = load == "burst"
+    if sample_us is None:
+        sample_us = BURST_SAMPLE_US if is_burst and device.startswith("cuda") else SAMPLE_US
     runners: dict[str, _Runner] = {}
     uncaptured = set(no_graph)
     if not device.startswith("cuda"):
         return {name: _measure_host(_as_list(given), rounds, sample_us) for name, given in subjects.items()}
     for name, given in subjects.items():
         runners[name] = _runner(_as_list(given), device, sample_us, name not in uncaptured)
-    deadline = time.perf_counter() + warm_s
+    deadline = time.perf_counter() + (0.0 if is_burst else warm_s)
     while time.perf_counter() < deadline:
         for runner in runners.values():
             runner.sample()
@@ -222,7 +233,12 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in runners}
     clock = None
     for number in range(rounds):
-        pending = {name: runner.sample() for name, runner in runners.items()}
+        pending = {}
+        for name, runner in runners.items():
+            if is_burst:
+                torch.cuda.synchronize()
+                time.sleep(BURST_PAUSE_S)
+            pending[name] = runner.sample()
         clock = clock if number else sm_clock_mhz()  # read while the device is busy
         torch.cuda.synchronize()
         for name, read in pending.items():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cases import BARS, PEER_SHAPES, bar_of
+from cases import BARS, LOADS, PEER_SHAPES, bar_of
 
 __all__ = ["TABLES", "Data", "absent", "markdown"]
 
@@ -81,9 +81,15 @@ def product_name(row: Row) -> str:
 
 
 def plain(rows: Iterable[Row], **wanted: str) -> list[Row]:
-    """Sparse rows of warm fp16 `matmul` on equal groups with the kernel that shflnb chooses, but for `wanted`."""
+    """Sparse rows of warm fp16 `matmul` on equal groups with the kernel that shflnb chooses, but for `wanted`.
+
+    In bursts, where the file has such rows: older files have none, and no column of that name.
+    """
+    rows = list(rows)
     usual = {"what": "shflnb", "dtype": "float16", "op": "matmul", "groups": "equal", "kernel": "", "inputs": "warm"}
-    return [r for r in rows if all(r[key] == value for key, value in (usual | wanted).items())]
+    usual["load"] = "burst" if any(r.get("load") == LOADS[0] for r in rows) else "sustained"
+    usual |= wanted
+    return [r for r in rows if all(r.get(key, "sustained") == value for key, value in usual.items())]
 
 
 def find(rows: Iterable[Row], m: int, k: int, n: int, sparsity: float, v: int | None = None) -> Row | None:
@@ -117,6 +123,8 @@ def gpu(data: Data) -> str:
     rows = plain(data.of("spmm"))
     if not rows:
         return absent("bench_spmm.py --full", " on a GPU")
+    is_burst = rows[0].get("load") == "burst"
+    sustained = plain(data.of("spmm"), load="sustained") if is_burst else []
     lines = []
     for m, k, n, sparsities in README_CASES:
         for sparsity in sparsities:
@@ -125,6 +133,10 @@ def gpu(data: Data) -> str:
             if some is None:
                 continue
             cells = [ratio(r["speedup"]) if r else "-" for r in by_v.values()]
+            for place, v in enumerate(by_v):
+                long = find(sustained, m, k, n, sparsity, v)
+                if long and long["speedup"]:
+                    cells[place] += f" ({ratio(long['speedup'])})"
             dense = f"{micros(some['dense_us'])}, {float(some['dense_tflops']):.0f} TFLOP/s"
             lines.append(
                 [product_name(some), percent(str(sparsity)), dense, *cells, best_peer(data, m, k, n, sparsity)]
@@ -137,7 +149,10 @@ def gpu(data: Data) -> str:
         "best other library",
     ]
     text = markdown(header, lines, left=1)
-    return f"{BASELINE}, float16, device time, warm; {conditions(rows, data, 'spmm')}.\n\n{text}"
+    load = (
+        "in short bursts (in brackets: without a pause, at the card's power limit)" if is_burst else "without a pause"
+    )
+    return f"{BASELINE}, float16, device time, warm, {load}; {conditions(rows, data, 'spmm')}.\n\n{text}"
 
 
 def best_peer(data: Data, m: int, k: int, n: int, sparsity: float) -> str:

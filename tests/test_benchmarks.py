@@ -90,6 +90,18 @@ def test_graph_times_are_those_of_one_launch(device: FakeDevice) -> None:
     assert times["fast"].method == "graph" and times["fast"].sm_mhz == 1755 and device.slept == 0
 
 
+def test_bursts_pause_before_every_sample(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(protocol.time, "sleep", pauses.append)
+    calls = {"fast": lambda: device.work(10.0), "slow": lambda: device.work(2000.0)}
+    times = protocol.measure(calls, rounds=4, load="burst")
+    assert pauses == [protocol.BURST_PAUSE_S] * 8
+    assert times["fast"].launches == 50 and times["slow"].launches == 3
+    assert times["fast"].median_us == pytest.approx(10.0)
+    protocol.measure(calls, rounds=4, load="sustained", warm_s=0.0)
+    assert len(pauses) == 8
+
+
 def test_rotation_takes_all_sets_in_turn(device: FakeDevice) -> None:
     calls = [lambda us=us: device.work(us) for us in (10.0, 20.0, 60.0)]
     timing = protocol.measure({"rotated": calls}, warm_s=0.0)["rotated"]
