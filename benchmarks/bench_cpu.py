@@ -169,8 +169,11 @@ def test_overhead_of_a_small_call(benchmark, kind):
     assert median <= OVERHEAD_BAR_S
 
 
+_BEGUN: set[Path] = set()
+
+
 def write_row(case: Case, dense: dict[str, float], sparse_s: float, speedup: float, error: float) -> None:
-    """Append to the CSV that SHFLNB_BENCH_CSV names, with the conditions of the run in every row."""
+    """Add to the CSV that SHFLNB_BENCH_CSV names, begun anew by each run, with the conditions in every row."""
     name = os.environ.get("SHFLNB_BENCH_CSV")
     if not name:
         return
@@ -196,9 +199,10 @@ def write_row(case: Case, dense: dict[str, float], sparse_s: float, speedup: flo
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"cpu_{name}.csv"
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
+    is_first = path not in _BEGUN
+    with path.open("w" if is_first else "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, row)
-        if fresh:
+        if is_first:
             writer.writeheader()
         writer.writerow(row)
+    _BEGUN.add(path)
