@@ -40,6 +40,14 @@ class EmulatedArray(DeviceView):
 class EmulatedKernel(LoadedKernel):
     """A kernel as the emulator runs it; `kernel` is a `Program`."""
 
+    def config(self, grid: int | tuple[int, ...], *, cluster: int = 1, smem_bytes: int | None = None,
+               is_chained: bool = False, is_cooperative: bool = False) -> Any:  # fmt: skip
+        """A launch configuration without the driver, which cuda.core asks about clusters."""
+        grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
+        smem = self.spec.smem_bytes if smem_bytes is None else smem_bytes
+        assert grid[2] == 1 and smem <= self.context.smem_limit
+        return SimpleNamespace(grid=grid, cluster=cluster, smem=smem)
+
     def max_clusters(self, cluster: int) -> int:
         """Clusters of this many blocks that run at once."""
         return self.context.sm_count // cluster
@@ -52,7 +60,7 @@ class EmulatedDevice:
     _programs: dict[tuple[str, str], Program] = {}  # noqa: RUF012 (of all devices: compiling takes seconds)
 
     def __init__(self, seed: int = 0, *, capability: tuple[int, int] = (9, 0), sm_count: int = 3) -> None:
-        self.machine = Machine(1 << 25, seed)
+        self.machine = Machine(1 << 23, seed)
         self.capability, self.sm_count = capability, sm_count
         self.has_chaining = capability[0] >= 9
         self.smem_limit = smem_limit(capability)
@@ -95,13 +103,10 @@ class EmulatedDevice:
 
     def launch(self, stream: int, config: Any, kernel: EmulatedKernel, *arguments: int) -> None:
         """Run a kernel to its end."""
-        cluster = 1 if config.cluster is None else int(np.prod(config.cluster))
         wide, high, _ = config.grid
         self.launched.append(kernel.spec.name)
-        self.machine.run(
-            kernel.kernel, grid=(wide * cluster, high), threads=config.block[0], smem=config.shmem_size,
-            cluster=cluster, args=arguments,
-        )  # fmt: skip
+        self.machine.run(kernel.kernel, grid=(wide * config.cluster, high), threads=kernel.spec.threads,
+                         smem=config.smem, cluster=config.cluster, args=arguments)  # fmt: skip
 
     def copy(self, stream: int, target: int, source: int, nbytes: int) -> None:
         """Copy between addresses."""

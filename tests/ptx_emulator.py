@@ -338,12 +338,15 @@ class Warp:
 
     def __init__(self, machine: Machine, program: Program, block: Block, number: int, special: dict[str, Any]) -> None:
         self.machine, self.program, self.block, self.number = machine, program, block, number
-        self.files = {cls: np.zeros((count, LANES), DTYPES[cls]) for cls, count in program.counts.items()}
-        for registers in self.files.values():  # what is read before it is written is not zero by luck
-            registers.view(np.uint8)[...] = 0 if registers.dtype == np.bool_ else 0xA5
+        # what is read before it is written is not zero by luck; in the thousands of float registers it is anything
+        self.files = {cls: np.empty((count, LANES), DTYPES[cls]) for cls, count in program.counts.items()}
+        for cls in ("b16", "b32", "b64"):
+            self.files[cls].view(np.uint8)[...] = 0xA5
+        self.files["pred"][...] = False
         self.special, self.args = special, machine.args
         self.live = special["alive"].copy()
-        self.groups: list[list[Any]] = [[0, self.live.copy()]]
+        self.everyone = np.ones(LANES, bool)
+        self.groups: list[list[Any]] = [[0, self.everyone if self.live.all() else self.live.copy()]]
         self.blocked: Callable[[], bool] | None = None
         self.group = 0
         self.copies: list[list[Any]] = []  # [group, action, is an arrival]
@@ -376,43 +379,53 @@ class Warp:
         program = self.program.steps
         while steps > 0 and self.groups:
             steps -= 1
-            ready = [g for g in self.groups if not g[2:]] or self._all_wait()
-            group = min(ready, key=lambda g: g[0])
+            if len(self.groups) == 1:
+                group = self.groups[0]
+            else:
+                ready = [g for g in self.groups if not g[2:]] or self._all_wait()
+                group = min(ready, key=lambda g: g[0])
             pc, lanes = group[0], group[1]
             kind, guard, action = program[pc]
-            mask = lanes if guard is None else lanes & guard(self)
-            if kind == "do":
-                if not mask.any():
-                    group[0] = pc + 1
-                else:
-                    try:
-                        signal = action(self, None if mask.all() else mask)
-                    except PtxError as error:
-                        raise type(error)(f"{error}\n  in: {self.program.code[pc].text}") from error
+            if guard is None:
+                mask = lanes
+                count = LANES if lanes is self.everyone else int(np.count_nonzero(lanes))
+                taken = True
+            else:
+                mask = lanes & guard(self)
+                count = int(np.count_nonzero(mask))
+                taken = count > 0
+            if not taken:
+                group[0] = pc + 1
+            elif kind == "do":
+                try:
+                    signal = action(self, None if count == LANES else mask)
+                except PtxError as error:
+                    raise type(error)(f"{error}\n  in: {self.program.code[pc].text}") from error
+                if signal is not None:
                     if signal is STAY:
                         return
                     if signal == "gather":
                         group.append("waits")
+                        if len(self.groups) == 1:
+                            self._all_wait()
                         continue
-                    group[0] = pc + 1
-                    if signal is YIELD or self.blocked is not None:
-                        self._merge()
-                        return
+                group[0] = pc + 1
+                if signal is YIELD or self.blocked is not None:
+                    self._merge()
+                    return
             elif kind == "ret":
                 self.live &= ~mask
-                group[1] = lanes & ~mask
-                group[0] = pc + 1
+                group[0], group[1] = pc + 1, lanes & ~mask
                 if not group[1].any():
                     self.groups.remove(group)
                 self.machine.progress()
-            elif not mask.any():
-                group[0] = pc + 1
-            elif (mask == lanes).all():
+            elif guard is None or (mask == lanes).all():
                 group[0] = action
             else:
                 group[0], group[1] = pc + 1, lanes & ~mask
                 self.groups.append([action, mask.copy()])
-            self._merge()
+            if len(self.groups) > 1:
+                self._merge()
 
     def _all_wait(self) -> list[list[Any]]:
         raise PtxError("lanes of a warp wait for each other at different instructions")
@@ -427,6 +440,8 @@ class Warp:
                 by_pc[group[0]] = group
             else:
                 same[1] = same[1] | group[1]
+                if same[1].all():
+                    same[1] = self.everyone
                 del same[2:]
         self.groups = list(by_pc.values())
 

@@ -1,0 +1,196 @@
+"""Every kernel family, run without a GPU by `ptx_emulator.py`, from the checks of a call to the last store.
+
+Small integers must be exact, floats within promise 2; warps and copies take random turns, and a store outside an
+array, a wait that is missing or a wait without end is an error. What the emulator cannot judge is speed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)")
+
+from emulated import EmulatedArray, EmulatedDevice, install, turned
+from gpu_cases import DTYPES, random_packed
+
+from shflnb.kernels import select
+from shflnb.kernels.config import Config
+from shflnb.kernels.select import candidates, linear_candidates
+from shflnb.kernels.spmm_device import device_linear, device_matmul
+from shflnb.reference import judge
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+@pytest.fixture
+def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "FEW_COLUMNS", 64)
+
+
+def config_of(kernel: str, v: int, tile_n: int, dtype: str = "float16") -> Config:
+    found = [c for c in candidates(v, dtype, HOPPER) if c.kernel == kernel and c.tile_n == tile_n]
+    assert len(found) == 1
+    return found[0]
+
+
+def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return rng.integers(-2, 3, shape).astype(DTYPES[dtype])
+
+
+def floats(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return (rng.standard_normal(shape, np.float32) * 0.5).astype(DTYPES[dtype])
+
+
+def product(w: Any, x: np.ndarray) -> np.ndarray:
+    return w.to_dense().astype(np.float64) @ x.astype(np.float64)
+
+
+# --- products on feature-major arrays --------------------------------------------------------------------------------
+STITCHED = [
+    ("sm90", 128, 256, "float16"), ("sm90", 64, 512, "bfloat16"), ("sm90", 64, 256, "float16"),
+    ("sm90", 32, 512, "float16"), ("sm90", 16, 128, "bfloat16"),
+    ("sm80", 128, 128, "float16"), ("sm80", 64, 256, "bfloat16"), ("sm80", 32, 64, "float16"),
+    ("sm80", 16, 128, "float16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "v", "tile_n", "dtype"), STITCHED)
+def test_matmul_on_odd_sizes(kernel: str, v: int, tile_n: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut last group, empty and full groups, n that cuts a chunk, aligned and misaligned x and out, one value."""
+    config = config_of(kernel, v, tile_n, dtype)
+    for seed, (m, k, n) in enumerate(((2 * v + 5, 150, tile_n + 43), (3 * v, 70, 16), (3, 129, 9), (1, 1, 1))):
+        device = install(monkeypatch, EmulatedDevice(seed))
+        rng = np.random.default_rng(seed)
+        packed = random_packed(m, k, v, dtype=dtype, seed=seed, integers=True)
+        x = integers(rng, (k, n), dtype)
+        want = product(packed, x)
+        aligned = device.array(x, pitch=-(-n // 8) * 8)
+        for name, given in (("aligned", aligned), ("misaligned", device.array(x, pitch=n + 3, shift=5))):
+            out = device.empty(m, n, dtype, pitch=n + (8 - n % 8 if name == "aligned" else 1))
+            y = device.read(device_matmul(packed, given, out=out, config=config))
+            assert (y.astype(np.float64) == want).all(), (m, k, n, name)
+        assert device.machine.memory.unwritten_reads == 0
+
+
+@pytest.mark.parametrize(("kernel", "v", "tile_n"), [("sm90", 128, 128), ("sm90", 32, 256), ("sm80", 64, 64)])
+@pytest.mark.parametrize("activation", ["gelu", None])
+def test_bias_activation_and_residual(
+    kernel: str, v: int, tile_n: int, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = install(monkeypatch, EmulatedDevice(7))
+    rng = np.random.default_rng(v)
+    packed = random_packed(v + 9, 90, v, seed=v)
+    m, k = packed.shape
+    x, residual, bias = (floats(rng, shape, "float16") for shape in ((k, 75), (m, 75), (m,)))
+    y = device_matmul(packed, device.array(x), bias=device.array(bias), activation=activation,
+                      residual=device.array(residual), config=config_of(kernel, v, tile_n))  # fmt: skip
+    verdict = judge(device.read(y), packed, x, bias, activation, residual)
+    assert verdict.holds, verdict
+
+
+# --- products on token-major arrays ----------------------------------------------------------------------------------
+def test_linear_by_transposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transpose, product, transpose; k and m that no chunk of 8 divides go value by value."""
+    device = install(monkeypatch, EmulatedDevice(1))
+    rng = np.random.default_rng(1)
+    config = config_of("sm90", 64, 256)
+    for m, k, n in ((133, 77, 70), (72, 136, 8)):
+        packed = random_packed(m, k, 64, seed=m, integers=True)
+        x = integers(rng, (n, k), "float16")
+        for given in (device.array(x), turned(device.array(np.ascontiguousarray(x.T)))):
+            y = device.read(device_linear(given, packed, config=config))
+            assert (y.astype(np.float64) == product(packed, x.T).T).all()
+    assert sum("transpose" in name for name in device.launched) >= 6
+
+
+@pytest.mark.parametrize(("v", "dtype"), [(16, "bfloat16"), (32, "float16"), (64, "bfloat16"), (128, "float16")])
+def test_linear_in_one_launch(v: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several sweeps, more blocks than tiles, and every seed another order of movers, producers and consumers."""
+    config = linear_candidates(v, dtype, HOPPER)[0]
+    for seed, (m, k, n, sms) in enumerate(((2 * v + 8, 136, 1100, 5), (8, 8, 3, 2), (3 * v, 264, 513, 3))):
+        device = install(monkeypatch, EmulatedDevice(seed, sm_count=sms))
+        packed = random_packed(m, k, v, dtype=dtype, seed=seed, integers=True)
+        x = integers(np.random.default_rng(seed), (n, k), dtype)
+        out = device.empty(n, m, dtype, pitch=m + 8)
+        y = device.read(device_linear(device.array(x, pitch=k + 16), packed, out=out, config=config))
+        assert (y.astype(np.float64) == product(packed, x.T).T).all(), (m, k, n)
+        assert device.launched == [config.name]
+
+
+def test_linear_in_one_launch_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bias and activation; the same bits whatever the order; by memo of the second call nothing changes."""
+    config = linear_candidates(64, "float16", HOPPER)[0]
+    rng = np.random.default_rng(0)
+    packed = random_packed(200, 144, 64, seed=3)
+    x, bias = floats(rng, (600, 144), "float16"), floats(rng, (200,), "float32")
+    found = []
+    for seed in range(4):
+        device = install(monkeypatch, EmulatedDevice(seed))
+        packed.launch_cache.clear()
+        given = device.array(x), packed, device.array(bias)
+        found.append(device.read(device_linear(*given, activation="gelu", config=config)))
+    assert all((y.view(np.uint16) == found[0].view(np.uint16)).all() for y in found)
+    verdict = judge(found[0].T, packed, np.ascontiguousarray(x.T), bias, "gelu")
+    assert verdict.holds, verdict
+
+
+# --- few columns -----------------------------------------------------------------------------------------------------
+FEW = [
+    # v, n, m, k, multiprocessors, capability, how the sums of a team come together
+    (64, 1, 64 * 3, 1200, 16, HOPPER, "cluster"),
+    (64, 13, 69, 77, 3, HOPPER, "block"),
+    (16, 8, 48, 1200, 16, HOPPER, "cluster"),
+    (32, 20, 101, 203, 5, HOPPER, "block"),
+    (128, 64, 133, 777, 4, HOPPER, "block"),
+    (64, 20, 128, 1200, 16, HOPPER, "cluster"),
+    (64, 5, 200, 900, 12, AMPERE, "none"),
+]
+
+
+@pytest.mark.usefixtures("few_columns")
+@pytest.mark.parametrize(("v", "n", "m", "k", "sms", "capability", "finish"), FEW)
+def test_few_columns(
+    v: int, n: int, m: int, k: int, sms: int, capability: tuple[int, int], finish: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both calls on both layouts, unequal and empty groups; every bit the same for another order of events."""
+    packed = random_packed(m, k, v, seed=n, integers=True)
+    x = integers(np.random.default_rng(n), (k, n), "float16")
+    want = product(packed, x)
+    for seed in range(2):
+        device = install(monkeypatch, EmulatedDevice(seed, capability=capability, sm_count=sms))
+        packed.launch_cache.clear()
+        feature, token = device.array(x), device.array(np.ascontiguousarray(x.T), pitch=k + 5)
+        for given in (feature, turned(token))[: 2 - seed]:
+            assert (device.read(device_matmul(packed, given)).astype(np.float64) == want).all()
+        y = device.read(device_linear(token, packed))
+        assert (y.T.astype(np.float64) == want).all()
+        assert all(finish in name for name in device.launched), device.launched
+        assert device.machine.memory.unwritten_reads == 0
+
+
+@pytest.mark.usefixtures("few_columns")
+def test_few_columns_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = install(monkeypatch, EmulatedDevice(2, sm_count=8))
+    rng = np.random.default_rng(2)
+    packed = random_packed(150, 600, 64, dtype="bfloat16", seed=2)
+    x, residual, bias = (floats(rng, shape, "bfloat16") for shape in ((600, 3), (150, 3), (150,)))
+    y = device_matmul(packed, device.array(x), bias=device.array(bias), activation="silu",
+                      residual=device.array(residual))  # fmt: skip
+    verdict = judge(device.read(y), packed, x, bias, "silu", residual)
+    assert verdict.holds, verdict
+
+
+def test_results_outside_an_array_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard works: an out that is a row too short for the product is an error, not a quiet store."""
+    device = install(monkeypatch, EmulatedDevice(0))
+    packed = random_packed(64, 64, 64, [64])
+    whole = device.empty(64, 64, "float16")
+    place = whole.address - device.machine.memory.base
+    device.machine.memory.open[place + 63 * 128 : place + 64 * 128] = False
+    out = EmulatedArray(whole.address, (64, 64), (64, 1), "float16", 0, None)
+    x = device.array(np.ones((64, 64), np.float16))
+    with pytest.raises(AssertionError, match="leaves its array in global memory"):
+        device_matmul(packed, x, out=out, config=config_of("sm90", 64, 256))
