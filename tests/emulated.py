@@ -108,13 +108,12 @@ class EmulatedDevice:
         self.machine.run(kernel.kernel, grid=(wide * config.cluster, high), threads=kernel.spec.threads,
                          smem=config.smem, cluster=config.cluster, args=arguments)  # fmt: skip
 
-    def copy(self, stream: int, target: int, source: int, nbytes: int) -> None:
-        """Copy between addresses."""
+    def clear(self, stream: int, address: int, words: int) -> None:
+        """Clear 32-bit words."""
         memory = self.machine.memory
-        a, b = target - memory.base, source - memory.base
-        assert memory.open[a : a + nbytes].all() and memory.open[b : b + nbytes].all()
-        memory.data[a : a + nbytes] = memory.data[b : b + nbytes]
-        memory.written[a : a + nbytes] = memory.written[b : b + nbytes]
+        place = slice(address - memory.base, address - memory.base + 4 * words)
+        assert memory.open[place].all()
+        memory.data[place], memory.written[place] = 0, True
 
     # --- arrays ------------------------------------------------------------------------------------------------------
     def empty(self, rows: int, cols: int, dtype: str, *, pitch: int | None = None, shift: int = 0) -> EmulatedArray:

@@ -94,6 +94,8 @@ class Config:
     """sm90: producer warps that fill a stage together; with fewer than all of them, teams fill stages in turns."""
     movers: int = 0
     """sm90: warpgroups that turn token-major x and results meanwhile (0 or 1); with one it is `linear_sm90.py`."""
+    sweep: int = 512
+    """sm90 with movers: tokens that are turned, multiplied by all groups and turned back together."""
 
     def __post_init__(self) -> None:
         if self.kernel not in ("sm80", "sm90"):
@@ -120,6 +122,8 @@ class Config:
             raise ArgumentError(
                 f"sm90: {self.producers} producer and {self.movers} mover warpgroups; expected {sorted(REGISTERS)}"
             )
+        if self.movers and (self.sweep < self.tile_n or self.sweep % self.tile_n or self.sweep % 128):
+            raise ArgumentError(f"sm90: sweep = {self.sweep}; expected a multiple of tile_n = {self.tile_n} and of 128")
         if self.copies_per_stage > 32:
             raise ArgumentError(f"sm90: {self.copies_per_stage} copies a thread; expected at most 32 (a larger team)")
         if self.tile_n == 512 and self.team < 2:
@@ -257,7 +261,7 @@ class Config:
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
         return (f"shflbw_{self.kernel}_{kind}_v{self.v}_n{self.tile_n}_k{self.tile_k}_s{self.stages}"
                 f"_p{self.producers}t{self.team}_b{self.blocks_per_sm}_{self.epilogue}"
-                f"{'_turned' if self.movers else ''}")  # fmt: skip
+                f"{f'_turned{self.sweep}' if self.movers else ''}")  # fmt: skip
 
     def with_epilogue(self, epilogue: str) -> Config:
         """The same tiling with another epilogue."""

@@ -150,9 +150,9 @@ def run_turned(call: Call, x: Any, out: Any, bias: tuple[int, int], activation: 
     plan = turned_plan(call.packed, call.context, n, chosen.with_epilogue(epilogue), call.stream_handle)
     works = [new_matrix(1, values, call.like, call.packed.dtype) for values in work_values(plan)]
     first, second = (device_view(work, what="workspace").address for work in works)
-    sizes, flags = (n, k, m), bias[1] | ALIGNED
-    launch_turned(plan, call.stream_handle, (x[0], x[3]), (out[0], out[3]), (first, second), (bias[0], flags), sizes)
-    return TurnedMemo(plan, x[3], sizes, flags, out_shape)
+    flags = bias[1] | ALIGNED
+    launch_turned(plan, call.stream_handle, (x[0], x[3]), (out[0], out[3]), (first, second), (bias[0], flags))
+    return TurnedMemo(plan, x[3], flags, out_shape)
 
 
 def run_linear(call: Call, x: Any, out_at: Any, bias: tuple[int, int], res: Any, activation: str | None,

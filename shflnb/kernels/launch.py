@@ -181,10 +181,10 @@ class DeviceContext:
             with self.current():
                 self._launch(self.stream(stream), config, kernel.kernel, *arguments)
 
-    def copy(self, stream: int, target: int, source: int, nbytes: int) -> None:
-        """Enqueue a copy from device memory to device memory."""
+    def clear(self, stream: int, address: int, words: int) -> None:
+        """Enqueue the clearing of 32-bit words in device memory."""
         with self.current():
-            _check(self.driver.cuMemcpyDtoDAsync(target, source, nbytes, stream), "copy on the device")
+            _check(self.driver.cuMemsetD32Async(address, 0, words, stream), "clearing device memory")
 
     def stream(self, handle: int) -> Any:
         """The cuda.core stream of a raw handle; made once, since making one costs 5 us."""

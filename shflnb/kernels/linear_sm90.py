@@ -9,7 +9,7 @@ results while the next sweep is computed. Workspaces of a sweep are still in L2 
 
     movers       x0 x1 x2 . y0 x3 . y1 . y2 . y3           xs: x of sweep s    ys: results of sweep s
     producers,         s0 s1 s2 s3                          wait for the movers' counter of sweep s
-    consumers             s0 s1 s2 s3                       count down for the movers
+    consumers             s0 s1 s2 s3                       count the tiles that are done for the movers
 
 Blocks wait for one another, so all of them must be on the device at once: a cooperative launch. Needs capability 9.0.
 """
@@ -36,11 +36,10 @@ u32, u64 = types.uint32, types.uint64
 def make_linear_sm90(config: Config) -> Callable[..., Any]:
     """The kernel function of a config with movers; every argument is uint64 (addresses in bytes, sizes in elements).
 
-    values, columns, queue, rows: as for `spmm_sm90`, with the sweep above bit `SWEEP_SHIFT` of the column tile's word.
-    moves: for every turn and block a record of four uint32, see `moves.py`; ends with a record of zeros.
-    counters: uint32, two for each of `sweeps` sweeps, see `moves.py`; all zero when the kernel is done.
+    values, columns, queue, rows: as for `spmm_sm90`, with `groups` row groups; the queue's sweeps are of `config.sweep`
+    tokens. counters: uint32, two for each of `sweeps` sweeps, all zero at the start; see `sweeps.py`.
     x (n, k) with ldx, out (n, m) with ldo: token-major. turned (k, n), product (m, n): workspaces, feature-major, with
-    ld.
+    ld. flags: see `epilogue.py`.
     """
     stages, stage_bytes = config.stages, config.stage_bytes
     barriers, copiers, team_threads = stages * stage_bytes, 128 * config.producers, 32 * config.team
@@ -49,9 +48,8 @@ def make_linear_sm90(config: Config) -> Callable[..., Any]:
     staging = config.smem_bytes - config.staging_bytes
     produce, consume, move = make_producer(config), make_consumer(config), make_mover(config)
 
-    def linear_sm90(values, columns, queue, rows, moves, counters, sweeps, x, ldx, turned, product, ld, out, ldo, bias,
-    n,
-                    k, m, flags):  # fmt: skip
+    def linear_sm90(values, columns, queue, rows, counters, sweeps, x, ldx, turned, product, ld, out, ldo, bias, n, k,
+                    m, groups, flags):  # fmt: skip
         smem = cuda.shared.array(0, types.uint8)
         base = smem_address(smem)
         full = u32(base + u32(barriers))
@@ -68,12 +66,12 @@ def make_linear_sm90(config: Config) -> Callable[..., Any]:
         cuda.syncthreads()
         if tid < u32(copiers):
             produce(base, full, empty, u32(base + u32(barriers + 256)), tid, values, columns, own_queue, turned, u32(n),
-                    ld, counters)  # fmt: skip
+                    ld, counters, u32(k))  # fmt: skip
         elif tid < u32(consumers_end):
             consume(base, full, empty, u32(base + u32(staging)), tid, own_queue, rows, product, bias, u64(0), u32(n),
                     ld, u64(0), u32(flags), finishing)  # fmt: skip
         else:
-            move(u32(base + u32(tile_at)), tid, moves + u64(cuda.blockIdx.x) * u64(16), counters, finishing, x, ldx,
-                 turned, product, ld, out, ldo, u32(n), u32(k), u32(m))  # fmt: skip
+            move(u32(base + u32(tile_at)), tid, counters, finishing, u32(sweeps), x, ldx, turned, product, ld, out, ldo,
+                 u32(n), u32(k), u32(m), u32(groups))  # fmt: skip
 
     return linear_sm90

@@ -63,8 +63,6 @@ class TurnedMemo:
 
     plan: TurnedPlan
     token_stride: int
-    sizes: tuple[int, int, int]
-    """Tokens, k and m."""
     flags: int
     out_shape: tuple[int, ...]
 
@@ -124,8 +122,8 @@ def _quick_turned(memo: TurnedMemo, x: Any, address: int, bias: Any) -> Any:
     work = turned.data_ptr(), product.data_ptr()
     bias_at = 0 if bias is None else bias.data_ptr()
     stream = torch_stream(memo.plan.context.ordinal)
-    launch_turned(memo.plan, stream, (address, memo.token_stride), (out.data_ptr(), memo.sizes[2]), work,
-                  (bias_at, memo.flags), memo.sizes)  # fmt: skip
+    launch_turned(memo.plan, stream, (address, memo.token_stride), (out.data_ptr(), memo.plan.m), work,
+                  (bias_at, memo.flags))  # fmt: skip
     return out
 
 

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["COLUMN_TILE_MASK", "DRAIN_TILES", "SWEEP_SHIFT", "tile_queue"]
+__all__ = ["DRAIN_TILES", "tile_queue"]
 
 DRAIN_TILES = 2.0  # what storing a tile's results costs, in k tiles (1.25 us against 0.55 us at v = 64; H200, 2026-11)
-
-SWEEP_SHIFT = 20  # where a kernel with movers finds the sweep in the word of the column tile
-COLUMN_TILE_MASK = (1 << SWEEP_SHIFT) - 1
 
 
 def tile_queue(first: np.ndarray, counts: np.ndarray, n_tiles: int, grid: int, sweep: int) -> np.ndarray:

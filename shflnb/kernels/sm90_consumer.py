@@ -29,8 +29,7 @@ from .ptx import (
     wgmma_wait,
 )
 from .ptx_cluster import grid_wait
-from .queue import COLUMN_TILE_MASK, SWEEP_SHIFT
-from .signals import count_down
+from .signals import count_up
 
 __all__ = ["make_consumer"]
 
@@ -105,7 +104,7 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
     drain0, drain1, drain2, drain3 = (make_drain(config, min(h, warp_n // 64 - 1)) for h in range(4))
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
     take_registers = setmaxnreg_inc[config.registers[2]]
-    has_movers = config.movers > 0
+    has_movers, tiles_of_a_sweep = config.movers > 0, max(1, config.sweep // config.tile_n)
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags,
                 finishing):  # fmt: skip
@@ -133,15 +132,13 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
         count = entry[2]
         finished = u64(0)  # counter of the tile before, not signalled yet
         while count > u32(0):
-            column_tile = entry[3]
             own_counter, signal_at = u64(0), u32(0xFFFFFFFF)
             if has_movers:
-                column_tile = u32(entry[3] & u32(COLUMN_TILE_MASK))
-                own_counter = finishing + u64(entry[3] >> u32(SWEEP_SHIFT)) * u64(4)
+                own_counter = finishing + u64(entry[3] // u32(tiles_of_a_sweep)) * u64(4)
                 if finished != u64(0) and lane == u32(0):
                     signal_at = u32(1) if count > u32(1) else u32(0)
             row = u32(entry[0] * u32(v) + row_offset + warp * u32(16))
-            column = u32(column_tile * u32(tile_n) + token_offset)
+            column = u32(entry[3] * u32(tile_n) + token_offset)
             # read where the results go before the main loop: loaded in the epilogue, each of these costs a trip to L2
             for q in range(4):
                 targets[q] = ld_global_nc_u32(rows + u64(row + u32(4 * q) + (lane >> u32(3))) * u64(4))
@@ -170,7 +167,7 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
                     mbarrier_arrive(release)
                 # behind this tile's first products: the stores are done by then, and the fence has nothing to wait for
                 if has_movers and u32(kt) == signal_at:
-                    count_down(finished)
+                    count_up(finished)
                 release = u32(empty + stage * u32(8))
                 stage = u32(stage + u32(1))
                 if stage == u32(stages):
@@ -192,7 +189,7 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
             count = entry[2]
             finished = own_counter
         if has_movers and finished != u64(0) and lane == u32(0):
-            count_down(finished)
+            count_up(finished)
 
     return cuda.jit(device=True, forceinline=True)(consume)
 
@@ -248,7 +245,7 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
     stores = v * row_chunks // 128  # 16-byte chunks that a thread stores
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
     take_registers = setmaxnreg_inc[config.registers[2]]
-    has_movers = config.movers > 0
+    has_movers, tiles_of_a_sweep = config.movers > 0, max(1, config.sweep // config.tile_n)
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags,
                 finishing):  # fmt: skip
@@ -271,15 +268,13 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
         count = entry[2]
         finished = u64(0)  # counter of the tile before, not signalled yet
         while count > u32(0):
-            column_tile = entry[3]
             own_counter, signal_at = u64(0), u32(0xFFFFFFFF)
             if has_movers:
-                column_tile = u32(entry[3] & u32(COLUMN_TILE_MASK))
-                own_counter = finishing + u64(entry[3] >> u32(SWEEP_SHIFT)) * u64(4)
+                own_counter = finishing + u64(entry[3] // u32(tiles_of_a_sweep)) * u64(4)
                 if finished != u64(0) and lane == u32(0):
                     signal_at = u32(1) if count > u32(1) else u32(0)
             row = u32(entry[0] * u32(v))
-            column = u32(column_tile * u32(tile_n) + who * u32(own_n))
+            column = u32(entry[3] * u32(tile_n) + who * u32(own_n))
             for q in range(stores):
                 targets[q] = ld_global_nc_u32(rows + u64(row + u32(own + u32(q * 128)) // u32(row_chunks)) * u64(4))
             queue += turn_bytes
@@ -308,7 +303,7 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
                     mbarrier_arrive(release)
                 # behind this tile's first products: the stores are done by then, and the fence has nothing to wait for
                 if has_movers and u32(kt) == signal_at:
-                    count_down(finished)
+                    count_up(finished)
                 release = u32(empty + stage * u32(8))
                 stage = u32(stage + u32(1))
                 if stage == u32(stages):
@@ -335,6 +330,6 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
             count = entry[2]
             finished = own_counter
         if has_movers and finished != u64(0) and lane == u32(0):
-            count_down(finished)
+            count_up(finished)
 
     return cuda.jit(device=True, forceinline=True)(consume)

@@ -14,11 +14,9 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import Config
-from .moves import MOVE_IN, MOVE_OUT
 from .ptx import (
     bar_sync,
     instruction,
-    ld_global_nc_v4,
     ld_shared_v4,
     ldmatrix_x4_trans,
     setmaxnreg_dec,
@@ -27,7 +25,8 @@ from .ptx import (
     st_shared_u32,
     st_shared_v4,
 )
-from .signals import count_down, wait_until_zero
+from .signals import count_up, wait_for
+from .sweeps import UNIT_COLS, UNIT_ROWS, make_walk, warps_done
 
 __all__ = ["make_mover"]
 
@@ -44,19 +43,20 @@ _load_if = instruction(
 
 
 def make_mover(config: Config) -> Callable[..., Any]:
-    """Device function of the mover warpgroup: the block's units in the order of `moves.py`.
+    """Device function of the mover warpgroup: the block's units in the order of `sweeps.py`.
 
-    moves: the block's first record. turning, finishing: the counters of the sweeps, see `moves.py`. x (n, k) and out
-    (n, m) are token-major with leading dimensions ldx, ldo; turned (k, n) and product (m, n) feature-major, both with
-    ld. Leading dimensions, k and m are multiples of 8 and all addresses of 16 bytes.
+    turning, finishing: the counters of the sweeps. x (n, k) and out (n, m) are token-major with leading dimensions ldx,
+    ldo; turned (k, n) and product (m, n) feature-major, both with ld. Leading dimensions, k and m are multiples of 8
+    and all addresses of 16 bytes.
     """
     give_registers = setmaxnreg_dec[config.registers[1]]
+    walk, all_warps = make_walk(config.sweep), warps_done(config.sweep, config.tile_n)
 
     @cuda.jit(device=True, forceinline=True)
     def together():
         bar_sync(u32(BARRIER), u32(128))
 
-    def move(tile, tid, moves, turning, finishing, x, ldx, turned, product, ld, out, ldo, n, k, m):
+    def move(tile, tid, turning, finishing, sweeps, x, ldx, turned, product, ld, out, ldo, n, k, m, groups):
         give_registers()
         own, lane, warp = u32(tid & u32(127)), u32(tid & u32(31)), u32((tid >> u32(5)) & u32(3))
         leader = own == u32(0)
@@ -66,26 +66,26 @@ def make_mover(config: Config) -> Callable[..., Any]:
         turned_at = u32(tile + (warp * u32(8) + (lane >> u32(2))) * u32(PITCH) + (lane & u32(3)) * u32(4))
         out_at = u32(tile + (own >> u32(3)) * u32(PITCH) + (own & u32(7)) * u32(16))
         words = cuda.local.array(32, u32)
-        turn_bytes = u64(cuda.gridDim.x) * u64(16)
-        record = ld_global_nc_v4(moves)
-        done = u64(0)  # counter of the unit before, not counted down yet
+        done = u64(0)  # counter of the unit before, not counted yet
         seen = u32(0xFFFFFFFF)  # the sweep whose results are known to be there
-        while record[0] != u32(0):
-            kind, sweep = record[0], record[1]
+        part, place = u32(0), u32(cuda.blockIdx.x)
+        while True:
+            found, part, place, is_x, sweep, row_unit, col_unit = walk(place, part, n, k, m, sweeps)
+            if not found:
+                break
+            place = u32(place + u32(cuda.gridDim.x))
             src, lds, dst, ldd, rows, cols = x, ldx, turned, ld, n, k
-            if kind == u32(MOVE_OUT):
+            if not is_x:
                 src, lds, dst, ldd, rows, cols = product, ld, out, ldo, m, n
                 if sweep != seen:
                     if leader:
                         if done != u64(0):
-                            count_down(done)  # somebody may have to see that before what this waits for can happen
-                        wait_until_zero(finishing + u64(sweep) * u64(4))
+                            count_up(done)  # somebody may have to see that before what this waits for can happen
+                        wait_for(finishing + u64(sweep) * u64(4), all_warps(sweep, n, groups))
                     done = u64(0)
                     seen = sweep
                     together()
-            row0, col0 = u32(record[2] * u32(64)), u32(record[3] * u32(128))
-            moves += turn_bytes
-            record = ld_global_nc_v4(moves)
+            row0, col0 = u32(row_unit * u32(UNIT_ROWS)), u32(col_unit * u32(UNIT_COLS))
             col = u32(col0 + chunk * u32(8))
             at = src + (u64(row0 + first_row) * lds + u64(col)) * u64(2)
             for p in range(8):
@@ -97,8 +97,8 @@ def make_mover(config: Config) -> Callable[..., Any]:
                 words[4 * p + 2] = w[2]
                 words[4 * p + 3] = w[3]
             if leader and done != u64(0):
-                count_down(done)  # the stores of the unit before have had the time of these loads
-            done = turning + u64(sweep) * u64(4) if kind == u32(MOVE_IN) else u64(0)
+                count_up(done)  # the stores of the unit before have had the time of these loads
+            done = turning + u64(sweep) * u64(4) if is_x else u64(0)
             for half in range(2):
                 if u32(chunk >> u32(3)) == u32(half):
                     for p in range(8):
@@ -123,12 +123,12 @@ def make_mover(config: Config) -> Callable[..., Any]:
                     col = u32(col0 + u32(64 * half + 16 * p) + (own >> u32(3)))
                     if row < rows and col < cols:
                         to = dst + (u64(col) * ldd + u64(row)) * u64(2)
-                        if kind == u32(MOVE_IN):
+                        if is_x:
                             st_global_v4(to, w[0], w[1], w[2], w[3])
                         else:
                             st_global_stream_v4(to, w[0], w[1], w[2], w[3])
                 together()
         if leader and done != u64(0):
-            count_down(done)
+            count_up(done)
 
     return cuda.jit(device=True, forceinline=True)(move)

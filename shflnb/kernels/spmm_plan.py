@@ -19,8 +19,8 @@ from .queue import tile_queue
 from .remembered import load as remembered_entries
 from .select import Choice, choose, sweep_of
 
-__all__ = ["DeviceWeights", "Plan", "copy_spec", "device_weights", "keep", "kernel_spec", "plan_for", "problem_of",
-           "transpose_spec"]  # fmt: skip
+__all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "keep", "kernel_spec", "plan_for",
+           "problem_of", "transpose_spec"]  # fmt: skip
 
 PLANS_KEPT = 1024  # launch records a packed matrix keeps; a model whose batch changes at every call stays bounded
 NO_ROW = np.uint32(0xFFFFFFFF)
@@ -129,7 +129,7 @@ def device_weights(
     return found
 
 
-def _queue(
+def device_queue(
     packed: ShflBWMatrix, context: DeviceContext, weights: DeviceWeights, shape: tuple[int, int, int], stream: int
 ) -> DeviceMemory:
     """The work queue for (column tiles, grid, sweep), shared by every n that has as many column tiles."""
@@ -165,7 +165,7 @@ def plan_for(
         n_tiles = ceil_div(n, chosen.tile_n)
         tiles = len(weights.counts) * n_tiles
         grid = min(context.sm_count * chosen.blocks_per_sm, tiles) if chosen.kernel == "sm90" else tiles
-        memory = _queue(packed, context, weights, (n_tiles, grid, sweep_of(chosen, n_tiles)), stream)
+        memory = device_queue(packed, context, weights, (n_tiles, grid, sweep_of(chosen, n_tiles)), stream)
         values, columns, rows = weights.memory.addresses
         launch_config = kernel.config(grid, is_chained=chosen.kernel == "sm90")
         plan = Plan(choice, kernel, launch_config, weights, memory, (values, columns, memory.addresses[0], rows))
