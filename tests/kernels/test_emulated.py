@@ -16,9 +16,13 @@ pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)"
 from emulated import EmulatedArray, EmulatedDevice, install, turned
 from gpu_cases import DTYPES, random_packed
 
-from shflnb.kernels import select
+from shflnb.formats.skinny_layout import to_skinny
+from shflnb.kernels import device_call, select, skinny_plan
 from shflnb.kernels.config import Config
+from shflnb.kernels.launch import DeviceMemory
 from shflnb.kernels.select import candidates, linear_candidates
+from shflnb.kernels.skinny_choice import SkinnyConfig
+from shflnb.kernels.skinny_plan import SkinnyWeights, arrays_of, make_plan
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 from shflnb.reference import judge
 
@@ -169,6 +173,36 @@ def test_few_columns(
         assert (y.T.astype(np.float64) == want).all()
         assert all(finish in name for name in device.launched), device.launched
         assert device.machine.memory.unwritten_reads == 0
+
+
+FORCED = [
+    # kernel, (teams, ranks, warps, rows of a window), window loaded at once
+    (SkinnyConfig(64, 1, 8, 5, "cluster", "shared", is_chained=True), (1, 2, 8, 512), False),
+    (SkinnyConfig(64, 2, 8, 5, "block", "window", "bfloat16", is_chained=True), (3, 1, 8, 256), False),
+    (SkinnyConfig(32, 4, 10, 4, "cluster", "global", "float16", "identity"), (1, 4, 10, 192), False),
+    (SkinnyConfig(16, 1, 10, 3, "block", "global"), (1, 1, 10, 512), True),
+    (SkinnyConfig(128, 1, 8, 4, "none", "global", "bfloat16"), (2, 3, 8, 256), False),
+]
+
+
+@pytest.mark.parametrize(("config", "split", "is_merged"), FORCED, ids=lambda value: getattr(value, "name", None))
+def test_every_place_of_the_sums(
+    config: SkinnyConfig, split: tuple[int, int, int, int], is_merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the sums wait and who adds them, more items than warps, windows in phases; the last group is cut."""
+    m, k, n = 9 * min(config.v, 64) + 5, 530, 8 * config.chunks - 1
+    device = install(monkeypatch, EmulatedDevice(1, sm_count=8))
+    packed = random_packed(m, k, config.v, dtype=config.dtype, seed=config.v, integers=True)
+    layout = to_skinny(packed, *split)
+    weights = SkinnyWeights(DeviceMemory(device, arrays_of(layout)), layout)
+    plan = make_plan(weights, device, config, is_merged, 0)
+    monkeypatch.setattr(skinny_plan, "skinny_plan", lambda *_: plan)
+    x = integers(np.random.default_rng(k), (n, k), config.dtype)
+    given, out = device.array(x, pitch=k + 3), device.empty(n, m, config.dtype)
+    call = device_call.Call(packed, given, given)
+    skinny_plan.run_skinny(call, given.address, k + 3, 1, n, out.address, m, 1)
+    assert (device.read(out).T.astype(np.float64) == product(packed, x.T)).all()
+    assert all(config.finish in name and config.slots in name for name in device.launched)
 
 
 @pytest.mark.usefixtures("few_columns")
