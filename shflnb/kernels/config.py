@@ -92,6 +92,8 @@ class Config:
     """sm90: warpgroups that stitch (1 or 2)."""
     team: int = 4
     """sm90: producer warps that fill a stage together; with fewer than all of them, teams fill stages in turns."""
+    alternate: bool = False
+    """sm90: the consumers take tiles in turns, one storing its results while the other multiplies; v <= 64."""
     movers: int = 0
     """sm90: warpgroups that turn token-major x and results meanwhile (0 or 1); with one it is `linear_sm90.py`."""
     sweep: int = 512
@@ -122,6 +124,8 @@ class Config:
             raise ArgumentError(
                 f"sm90: {self.producers} producer and {self.movers} mover warpgroups; expected {sorted(REGISTERS)}"
             )
+        if self.alternate and (self.v == 128 or self.tile_n > 256 or self.movers):
+            raise ArgumentError("sm90: tiles in turns need v <= 64, tile_n <= 256 and no movers")
         if self.movers and (self.sweep < self.tile_n or self.sweep % self.tile_n or self.sweep % 128):
             raise ArgumentError(f"sm90: sweep = {self.sweep}; expected a multiple of tile_n = {self.tile_n} and of 128")
         if self.copies_per_stage > 32:
@@ -188,7 +192,7 @@ class Config:
     @property
     def consumer_n(self) -> int:
         """sm90: tokens that one consumer warpgroup computes."""
-        return self.tile_n * self.row_splits // 2
+        return self.tile_n if self.alternate else self.tile_n * self.row_splits // 2
 
     @property
     def accumulators(self) -> int:
@@ -261,7 +265,7 @@ class Config:
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
         return (f"shflbw_{self.kernel}_{kind}_v{self.v}_n{self.tile_n}_k{self.tile_k}_s{self.stages}"
                 f"_p{self.producers}t{self.team}_b{self.blocks_per_sm}_{self.epilogue}"
-                f"{f'_turned{self.sweep}' if self.movers else ''}")  # fmt: skip
+                f"{'_alternate' if self.alternate else ''}{f'_turned{self.sweep}' if self.movers else ''}")  # fmt: skip
 
     def with_epilogue(self, epilogue: str) -> Config:
         """The same tiling with another epilogue."""

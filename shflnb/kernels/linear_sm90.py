@@ -69,7 +69,7 @@ def make_linear_sm90(config: Config) -> Callable[..., Any]:
                     ld, counters, u32(k))  # fmt: skip
         elif tid < u32(consumers_end):
             consume(base, full, empty, u32(base + u32(staging)), tid, own_queue, rows, product, bias, u64(0), u32(n),
-                    ld, u64(0), u32(flags), finishing)  # fmt: skip
+                    ld, u64(0), u32(flags), finishing, u32(0))  # fmt: skip
         else:
             move(u32(base + u32(tile_at)), tid, counters, finishing, u32(sweeps), x, ldx, turned, product, ld, out, ldo,
                  u32(n), u32(k), u32(m), u32(groups))  # fmt: skip

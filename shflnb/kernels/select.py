@@ -55,6 +55,8 @@ _SM90_TILES = {
     32: ((512, 32, 5, 2), (256, 64, 5, 2), (128, 64, 6, 1)),
     16: ((512, 32, 5, 2), (256, 64, 5, 2), (128, 64, 6, 1)),
 }
+# the same, for consumers that take tiles in turns; the rule does not tell them from the others, `tune` does
+_ALTERNATE_TILES = {64: (256, 64, 5, 2), 32: (256, 64, 5, 2)}
 # tile_n, tile_k, stages, blocks per SM; 48 KiB and less a block, so that they fit every architecture from sm_80 on
 _SM80_TILES = {
     128: ((256, 32, 4, 1), (128, 32, 4, 2), (64, 32, 4, 2)),
@@ -96,6 +98,9 @@ def candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:
     if capability[0] == 9:
         for tile_n, tile_k, stages, team in _SM90_TILES[v]:
             found.append(Config("sm90", v, tile_n, tile_k, stages, dtype, team=team))
+        if v in _ALTERNATE_TILES:
+            tile_n, tile_k, stages, team = _ALTERNATE_TILES[v]
+            found.append(Config("sm90", v, tile_n, tile_k, stages, dtype, team=team, alternate=True))
     limit = smem_limit(capability)
     for tile_n, tile_k, stages, blocks in _SM80_TILES[v]:
         config = Config("sm80", v, tile_n, tile_k, stages, dtype, blocks_per_sm=blocks)

@@ -45,6 +45,19 @@ def make_consumer(config: Config) -> Callable[..., Any]:
     return make_consumer_rows(config) if config.weights_are_m else make_consumer_tokens(config)
 
 
+def make_skip(config: Config) -> Callable[..., Any]:
+    """Device function (stage, phase, count): where the ring stands `count` stages further."""
+    stages = config.stages
+
+    @cuda.jit(device=True, forceinline=True)
+    def skip(stage, phase, count):
+        stage = u32(stage + count)
+        rounds = u32(stage // u32(stages))
+        return u32(stage - u32(rounds * u32(stages))), u32(phase ^ u32(rounds & u32(1)))
+
+    return skip
+
+
 def make_drain(config: Config, h: int) -> Callable[..., Any]:
     """Device function that finishes and stores columns 64h..64h+63 of a warp's 16 rows.
 
@@ -105,9 +118,10 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
     take_registers = setmaxnreg_inc[config.registers[2]]
     has_movers, tiles_of_a_sweep = config.movers > 0, max(1, config.sweep // config.tile_n)
+    alternate, skip = config.alternate, make_skip(config)
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags,
-                finishing):  # fmt: skip
+                finishing, order):  # fmt: skip
         take_registers()
         grid_wait()
         acc = cuda.local.array(registers, f32)
@@ -120,8 +134,9 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
             row_offset, token_offset = u32(who * u32(64)), u32(0)
             a_offset, b_offset = u32(who * u32(8 * CORE_BYTES)), u32(0)
         else:
-            row_offset, token_offset = u32(0), u32(who * u32(warp_n))
-            a_offset, b_offset = u32(0), u32(who * u32(warp_n // 64 * tile_k * ATOM_BYTES))
+            half = u32(0) if alternate else who
+            row_offset, token_offset = u32(0), u32(half * u32(warp_n))
+            a_offset, b_offset = u32(0), u32(half * u32(warp_n // 64 * tile_k * ATOM_BYTES))
         staging = u32(staging + ((tid >> u32(5)) - u32(4 * producers)) * u32(16 * STAGING_PITCH))
         matrix_at = u32(staging + (lane & u32(15)) * u32(STAGING_PITCH) + (lane >> u32(4)) * u32(16))
         chunk_at = u32(staging + (lane >> u32(3)) * u32(STAGING_PITCH) + (lane & u32(7)) * u32(16))
@@ -129,6 +144,14 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
         phase = u32(0)
         turn_bytes = u64(cuda.gridDim.x) * u64(16)
         entry = ld_global_nc_v4(queue)
+        order_phase = u32(0)
+        if alternate and who == u32(1):  # the first tile is the other's, and it may begin
+            if leader:
+                mbarrier_arrive(order)
+            stage, phase = skip(stage, phase, entry[2])
+            if entry[2] > u32(0):
+                queue += turn_bytes
+                entry = ld_global_nc_v4(queue)
         count = entry[2]
         finished = u64(0)  # counter of the tile before, not signalled yet
         while count > u32(0):
@@ -149,6 +172,15 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
                 bias_low, bias_high = load_bias(bias, row_low, flags), load_bias(bias, row_high, flags)
             queue += turn_bytes
             entry = ld_global_nc_v4(queue)
+            others = u32(0)
+            if alternate:
+                others = entry[2]
+                if others > u32(0):
+                    queue += turn_bytes
+                    entry = ld_global_nc_v4(queue)
+                # until the other has seen all of its stages full, the parity of ours may be that of a round before
+                mbarrier_wait_parity(u32(order + who * u32(8)), order_phase)
+                order_phase = u32(order_phase ^ u32(1))
             for r in range(registers):
                 acc[r] = f32(0.0)
             release = u32(0)
@@ -173,6 +205,10 @@ def make_consumer_rows(config: Config) -> Callable[..., Any]:
                 if stage == u32(stages):
                     stage = u32(0)
                     phase = u32(phase ^ u32(1))
+            if alternate:
+                if leader:
+                    mbarrier_arrive(u32(order + (who ^ u32(1)) * u32(8)))
+                stage, phase = skip(stage, phase, others)
             wait_all()
             if leader:
                 mbarrier_arrive(release)
@@ -246,9 +282,10 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
     take_registers = setmaxnreg_inc[config.registers[2]]
     has_movers, tiles_of_a_sweep = config.movers > 0, max(1, config.sweep // config.tile_n)
+    alternate, skip = config.alternate, make_skip(config)
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags,
-                finishing):  # fmt: skip
+                finishing, order):  # fmt: skip
         take_registers()
         grid_wait()
         acc = cuda.local.array(registers, f32)
@@ -258,6 +295,7 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
         lane = u32(tid & u32(31))
         warp = u32((tid >> u32(5)) & u32(3))
         leader = own == u32(0)
+        half = u32(0) if alternate else who
         staging = u32(staging + who * u32(v * pitch))
         matrix_at = u32(staging + (u32(8) * (lane >> u32(4)) + (lane & u32(7))) * u32(pitch)
                         + (warp * u32(16) + u32(8) * ((lane >> u32(3)) & u32(1))) * u32(2))  # fmt: skip
@@ -265,6 +303,14 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
         phase = u32(0)
         turn_bytes = u64(cuda.gridDim.x) * u64(16)
         entry = ld_global_nc_v4(queue)
+        order_phase = u32(0)
+        if alternate and who == u32(1):  # the first tile is the other's, and it may begin
+            if leader:
+                mbarrier_arrive(order)
+            stage, phase = skip(stage, phase, entry[2])
+            if entry[2] > u32(0):
+                queue += turn_bytes
+                entry = ld_global_nc_v4(queue)
         count = entry[2]
         finished = u64(0)  # counter of the tile before, not signalled yet
         while count > u32(0):
@@ -274,11 +320,20 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
                 if finished != u64(0) and lane == u32(0):
                     signal_at = u32(1) if count > u32(1) else u32(0)
             row = u32(entry[0] * u32(v))
-            column = u32(entry[3] * u32(tile_n) + who * u32(own_n))
+            column = u32(entry[3] * u32(tile_n) + half * u32(own_n))
             for q in range(stores):
                 targets[q] = ld_global_nc_u32(rows + u64(row + u32(own + u32(q * 128)) // u32(row_chunks)) * u64(4))
             queue += turn_bytes
             entry = ld_global_nc_v4(queue)
+            others = u32(0)
+            if alternate:
+                others = entry[2]
+                if others > u32(0):
+                    queue += turn_bytes
+                    entry = ld_global_nc_v4(queue)
+                # until the other has seen all of its stages full, the parity of ours may be that of a round before
+                mbarrier_wait_parity(u32(order + who * u32(8)), order_phase)
+                order_phase = u32(order_phase ^ u32(1))
             for r in range(registers):
                 acc[r] = f32(0.0)
             release = u32(0)
@@ -286,7 +341,7 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
                 mbarrier_wait_parity(u32(full + stage * u32(8)), phase)
                 fence_proxy_async()
                 stage_at = u32(base + stage * u32(stage_bytes))
-                desc_a = u64(desc_a0) | (u64(stage_at >> u32(4)) + u64(who) * u64(atoms * atom_step))
+                desc_a = u64(desc_a0) | (u64(stage_at >> u32(4)) + u64(half) * u64(atoms * atom_step))
                 desc_b = u64(desc_b0) | u64(u32(stage_at + u32(x_bytes)) >> u32(4))
                 wgmma_fence()
                 for step in range(steps):
@@ -309,6 +364,10 @@ def make_consumer_tokens(config: Config) -> Callable[..., Any]:
                 if stage == u32(stages):
                     stage = u32(0)
                     phase = u32(phase ^ u32(1))
+            if alternate:
+                if leader:
+                    mbarrier_arrive(u32(order + (who ^ u32(1)) * u32(8)))
+                stage, phase = skip(stage, phase, others)
             wait_all()
             if leader:
                 mbarrier_arrive(release)

@@ -15,6 +15,9 @@ One persistent block per SM walks (group, column tile) tiles. Shared memory is a
         | rows 64..127   |                     | 0..   | n/2.. |                 result is transposed on its way out
         +----------------+                     +-------+-------+
 
+With `config.alternate` they do not share a tile: each takes every second one whole, and stores its results while the
+other multiplies. The ring goes through the tiles in order, so a barrier for each says whose stages come next.
+
 The producer is in `sm90_producer.py`, the consumers are in `sm90_consumer.py`; the kernel here sets up the barriers
 and sends every warpgroup to its work.
 
@@ -52,7 +55,7 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
     """
     stages, stage_bytes = config.stages, config.stage_bytes
     barriers, copiers, team_threads = stages * stage_bytes, 128 * config.producers, 32 * config.team
-    staging = config.smem_bytes - config.staging_bytes
+    staging, alternate = config.smem_bytes - config.staging_bytes, config.alternate
     produce = make_producer(config)
     consume = make_consumer(config)
 
@@ -61,13 +64,17 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
         base = smem_address(smem)
         full = u32(base + u32(barriers))
         empty = u32(full + u32(8 * stages))
+        order = u32(empty + u32(8 * stages))  # with alternate: whose turn it is
         tid = u32(cuda.threadIdx.x)
         own_queue = queue + u64(cuda.blockIdx.x) * u64(16)
         if tid == u32(0):
             for stage in range(stages):
-                # full: a team's threads and the weights' bytes; empty: one leader of each consumer warpgroup
+                # full: a team's threads and the weights' bytes; empty: the leaders of the consumers that read it
                 mbarrier_init(u32(full + u32(8 * stage)), u32(team_threads + 1))
-                mbarrier_init(u32(empty + u32(8 * stage)), u32(2))
+                mbarrier_init(u32(empty + u32(8 * stage)), u32(1 if alternate else 2))
+            if alternate:
+                mbarrier_init(order, u32(1))
+                mbarrier_init(u32(order + u32(8)), u32(1))
             mbarrier_init_fence()
         cuda.syncthreads()
         grid_launch_dependents()  # a kernel launched in the same way may set up as soon as blocks of this one end
@@ -76,6 +83,6 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
                     u64(0), u32(0))  # fmt: skip
         else:
             consume(base, full, empty, u32(base + u32(staging)), tid, own_queue, rows, out, bias, residual, u32(n), ldo,
-                    ldr, u32(flags), u64(0))  # fmt: skip
+                    ldr, u32(flags), u64(0), order)  # fmt: skip
 
     return spmm_sm90

@@ -35,7 +35,9 @@ def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(kernel: str, v: int, tile_n: int, dtype: str = "float16") -> Config:
-    found = [c for c in candidates(v, dtype, HOPPER) if c.kernel == kernel and c.tile_n == tile_n]
+    kind, _, way = kernel.partition(" ")
+    known = (c for c in candidates(v, dtype, HOPPER) if c.kernel == kind and c.tile_n == tile_n)
+    found = [c for c in known if c.alternate == (way == "alternate")]
     assert len(found) == 1
     return found[0]
 
@@ -58,6 +60,7 @@ STITCHED = [
     ("sm90", 32, 512, "float16"), ("sm90", 16, 128, "bfloat16"),
     ("sm80", 128, 128, "float16"), ("sm80", 64, 256, "bfloat16"), ("sm80", 32, 64, "float16"),
     ("sm80", 16, 128, "float16"),
+    ("sm90 alternate", 64, 256, "float16"), ("sm90 alternate", 32, 256, "bfloat16"),
 ]  # fmt: skip
 
 
@@ -65,7 +68,8 @@ STITCHED = [
 def test_matmul_on_odd_sizes(kernel: str, v: int, tile_n: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut last group, empty and full groups, n that cuts a chunk, aligned and misaligned x and out, one value."""
     config = config_of(kernel, v, tile_n, dtype)
-    for seed, (m, k, n) in enumerate(((2 * v + 5, 150, tile_n + 43), (3 * v, 70, 16), (3, 129, 9), (1, 1, 1))):
+    sizes = ((2 * v + 5, 150, tile_n + 43), (7 * v, 270, 16), (3, 129, 9), (1, 1, 1))
+    for seed, (m, k, n) in enumerate(sizes):
         device = install(monkeypatch, EmulatedDevice(seed))
         rng = np.random.default_rng(seed)
         packed = random_packed(m, k, v, dtype=dtype, seed=seed, integers=True)
@@ -79,7 +83,7 @@ def test_matmul_on_odd_sizes(kernel: str, v: int, tile_n: int, dtype: str, monke
         assert device.machine.memory.unwritten_reads == 0
 
 
-@pytest.mark.parametrize(("kernel", "v", "tile_n"), [("sm90", 128, 128), ("sm90", 32, 256), ("sm80", 64, 64)])
+@pytest.mark.parametrize(("kernel", "v", "tile_n"), [("sm90", 128, 128), ("sm90 alternate", 32, 256), ("sm80", 64, 64)])
 @pytest.mark.parametrize("activation", ["gelu", None])
 def test_bias_activation_and_residual(
     kernel: str, v: int, tile_n: int, activation: str | None, monkeypatch: pytest.MonkeyPatch
