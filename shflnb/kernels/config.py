@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import ArgumentError
 
-__all__ = ["ARCHITECTURES", "ATOM_BYTES", "Config", "EPILOGUES", "MOVER_TILE_BYTES", "Problem", "SMEM_LIMIT",
-           "ceil_div", "smem_limit"]  # fmt: skip
+__all__ = ["ARCHITECTURES", "ATOM_BYTES", "CORE_BYTES", "Config", "EPILOGUES", "MOVER_TILE_BYTES", "Problem",
+           "SMEM_LIMIT", "SWIZZLE_128B", "ceil_div", "smem_limit"]  # fmt: skip
 
 EPILOGUES = ("plain", "identity", "relu", "gelu", "silu")
 """plain: out = W @ x. The others: out = f(W @ x + bias) + residual, bias and residual optional at run time."""
@@ -23,8 +23,11 @@ SMEM_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 
               103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}  # fmt: skip
 """Shared memory one block may have, in bytes, by capability (CUDA programming guide, technical specifications)."""
 
-ATOM_BYTES = 128
-"""One row of a 64-token atom of the stitched activations."""
+ATOM_BYTES, CORE_BYTES = 128, 128
+"""One row of a 64-token atom of the stitched activations; an 8x8 core matrix of 2-byte values."""
+
+SWIZZLE_128B = 1 << 62
+"""Bits 62 and 63 of a wgmma descriptor."""
 
 REGISTERS = {(1, 0): (80, 0, 208), (2, 0): (40, 0, 208), (1, 1): (80, 96, 168)}
 """sm90: registers a thread of (producers, movers, consumers), by warpgroups of producers and movers. All warpgroups of
