@@ -31,6 +31,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "full" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full") is not None])
         items[:] = [item for item in items if item.get_closest_marker("full") is None]
+    # one of the tests that build kernels begins, so that the others' are built beside all other tests; these come last
+    builds = [item for item in items if item.path.name == "test_compile_all.py"]
+    items[:] = [*builds[:1], *(item for item in items if item.path.name != "test_compile_all.py"), *builds[1:]]
     marked = [(item, marker) for item in items if (marker := item.get_closest_marker("gpu")) is not None]
     if not marked:
         return

@@ -486,6 +486,11 @@ class Machine:
     def run(self, program: Program, *, grid: int | tuple[int, int], threads: int, args: Sequence[int], smem: int = 0,
             cluster: int = 1) -> None:  # fmt: skip
         """Launch, and return when all blocks are done. All of them are on the device at once."""
+        with np.errstate(all="ignore"):  # a GPU says nothing about overflow or NaN either
+            self._run(program, grid, threads, args, smem, cluster)
+
+    def _run(self, program: Program, grid: int | tuple[int, int], threads: int, args: Sequence[int], smem: int,
+             cluster: int) -> None:  # fmt: skip
         self.args = [int(a) & ((1 << 64) - 1) for a in args]
         if len(self.args) != len(program.params):
             raise PtxError(f"{program.name} takes {len(program.params)} arguments, not {len(self.args)}")

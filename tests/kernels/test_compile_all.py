@@ -121,9 +121,9 @@ def name_of(job: tuple[str, str]) -> str:
     return f"{job[0]}-{specs_of(job[0])[job[1]].name}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future[Inspection]]]:
-    """All kernels that the selected tests need, on their way through a pool of processes."""
+    """All kernels that the selected tests need, on their way through a pool of processes; see `tests/conftest.py`."""
     jobs = [
         item.callspec.params["job"]
         for item in request.session.items
