@@ -127,7 +127,7 @@ def built(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Futu
     jobs = [
         item.callspec.params["job"]
         for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec") and "job" in item.callspec.params
+        if item.path == Path(__file__) and hasattr(item, "callspec") and "job" in item.callspec.params
     ]
     with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield {job: pool.submit(inspect, *job) for job in jobs}
