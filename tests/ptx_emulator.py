@@ -175,7 +175,7 @@ class Program:
         if arg.startswith("%"):
             return lambda w: w.special[arg]
         if arg in self.shared:
-            return _constant(np.full(LANES, GENERIC_SHARED * 0 + self.shared[arg], dtype))
+            return _constant(np.full(LANES, self.shared[arg], dtype))
         if arg.startswith("0f"):
             value: Any = struct.unpack(">f", bytes.fromhex(arg[2:]))[0]
             return _constant(np.full(LANES, value, np.float32).view(dtype))
@@ -744,13 +744,13 @@ def _resolve(w: Warp, space: str, addresses: np.ndarray) -> tuple[Memory, np.nda
     return w.block.shared, addresses
 
 
-def _vector(s: Statement, arg: str) -> list[str]:
+def _vector(arg: str) -> list[str]:
     return _split(arg.strip("{}")) if arg.startswith("{") else [arg]
 
 
 def _load(p: Program, s: Statement) -> Any:
     kind, space = s.op[-1], _space(s)
-    outs = [p.write(name) for name in _vector(s, s.args[0])]
+    outs = [p.write(name) for name in _vector(s.args[0])]
     if space == "param":
         place = p.params[s.args[1].strip("[]")]
         dtype = KINDS[kind]
@@ -775,7 +775,7 @@ def _load(p: Program, s: Statement) -> Any:
 
 def _store(p: Program, s: Statement) -> Any:
     kind, space = s.op[-1], _space(s)
-    values = [p.read(name, kind) for name in _vector(s, s.args[1])]
+    values = [p.read(name, kind) for name in _vector(s.args[1])]
     at = p.address(s.args[0], "u64" if space == "global" else "u32")
 
     def store(w: Warp, m: np.ndarray | None) -> None:
@@ -974,7 +974,7 @@ def _copy(p: Program, s: Statement) -> Any:
 
 # --- matrices --------------------------------------------------------------------------------------------------------
 def _ldmatrix(p: Program, s: Statement) -> Any:
-    outs = [p.write(name) for name in _vector(s, s.args[0])]
+    outs = [p.write(name) for name in _vector(s.args[0])]
     at = p.address(s.args[1], "u32")
     is_turned = "trans" in s.op
 
@@ -991,7 +991,7 @@ def _ldmatrix(p: Program, s: Statement) -> Any:
 
 
 def _stmatrix(p: Program, s: Statement) -> Any:
-    values = [p.read(name, "b32") for name in _vector(s, s.args[1])]
+    values = [p.read(name, "b32") for name in _vector(s.args[1])]
     at = p.address(s.args[0], "u32")
     is_turned = "trans" in s.op
 
@@ -1010,9 +1010,9 @@ def _mma(p: Program, s: Statement) -> Any:
     if s.op[3] != "m16n8k16" or s.op[4:6] != ["row", "col"]:
         raise PtxError(f"the emulator does not know: {s.text}")
     kind = s.op[7]
-    outs = [p.write(name) for name in _vector(s, s.args[0])]
-    a, b = ([p.read(name, "b32") for name in _vector(s, s.args[i])] for i in (1, 2))
-    c = [p.read(name, "f32") for name in _vector(s, s.args[3])]
+    outs = [p.write(name) for name in _vector(s.args[0])]
+    a, b = ([p.read(name, "b32") for name in _vector(s.args[i])] for i in (1, 2))
+    c = [p.read(name, "f32") for name in _vector(s.args[3])]
 
     def halves(get: Any, w: Warp) -> np.ndarray:
         """(8, 4, 2): row or column lane // 4, pair lane % 4, value of the pair."""
@@ -1081,7 +1081,7 @@ def _wgmma(p: Program, s: Statement) -> Any:
         return wait
     n = int(s.op[4].removeprefix("m64n").removesuffix("k16"))
     kind = s.op[-1]
-    registers = _vector(s, s.args[0])
+    registers = _vector(s.args[0])
     reads, writes = [p.read(r, "f32") for r in registers], [p.write(r) for r in registers]
     a, b = p.read(s.args[1], "u64"), p.read(s.args[2], "u64")
     if s.args[3:6] != ["1", "1", "1"]:

@@ -77,9 +77,10 @@ def make_tokens_side(config: Config) -> tuple[int, Callable[..., Any], Callable[
 
     @cuda.jit(device=True, forceinline=True)
     def multiply(acc, stage_at, who):
-        desc_a = u64(desc_a0) | u64(stage_at >> u32(4))
+        a_at = u64(stage_at >> u32(4))
         if not alternate:
-            desc_a = u64(desc_a0) | (u64(stage_at >> u32(4)) + u64(who) * u64(atoms * atom_step))
+            a_at += u64(who) * u64(atoms * atom_step)
+        desc_a = u64(desc_a0) | a_at
         desc_b = u64(desc_b0) | u64(u32(stage_at + u32(x_bytes)) >> u32(4))
         for step in range(steps):
             at = desc_a + u64(step * step_a)
