@@ -227,7 +227,7 @@ def sparse_row(
     """The CSV row of a sparse product; without times when its result was wrong."""
     row: dict[str, Any] = {
         "sparsity": case.sparsity, "v": case.v, "groups": case.groups, "kernel": case.kernel, "what": "shflnb",
-        "config": name.partition(": ")[2] or config_name(packed, case.shape.n, case.op), "error": f"{error:.3g}",
+        "config": name.partition(": ")[2] or config_name(packed, case.shape.n), "error": f"{error:.3g}",
         "dense_us": round(dense.median_us, 3), "dense_what": dense_what.removeprefix("dense "),
         "dense_tflops": f"{case.shape.flops / dense.median_us / 1e6:.4g}",
     }  # fmt: skip
@@ -257,21 +257,17 @@ def roof_of(packed: ShflBWMatrix, n: int, moved_bytes: int, device: str) -> tupl
     return (least, by) if least >= by_bytes else (by_bytes, "bytes from L2" if is_cached else "bytes from memory")
 
 
-def config_name(packed: ShflBWMatrix, n: int, op: str) -> str:
+def config_name(packed: ShflBWMatrix, n: int) -> str:
     """Name of the kernel that the launcher chose for n columns, from its records; "" where it keeps none."""
     chunks = next((c for c in (1, 2, 4, 8) if n <= 8 * c), 0)
-    found = ""
     for key, plan in packed.launch_cache.items():
         if not isinstance(key, tuple) or len(key) < 3:
             continue
+        if key[0] == "plan" and key[2] == n and key[4] is None:
+            return str(plan.kernel.spec.name)
         if key[0] == "skinny plan" and key[2] == chunks:
             return str(plan.kernels[0][0].spec.name)
-        if key[0] == "plan" and key[2] == n:
-            if op == "linear" and key[3] == "turned":
-                return str(plan.kernel.spec.name)
-            if key[3] != "turned" and key[4] is None:
-                found = str(plan.kernel.spec.name)
-    return found
+    return ""
 
 
 def eager_call(case: Case, packed: ShflBWMatrix, x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -416,7 +412,7 @@ def test_spmm(benchmark, case):
     feed(benchmark, call, DEVICE)
     best = min(t.median_us for t in dense.values())
     benchmark.extra_info.update(
-        error=error, dense_us=best, dense_tflops=shape.flops / best / 1e6, config=config_name(packed, shape.n, case.op)
+        error=error, dense_us=best, dense_tflops=shape.flops / best / 1e6, config=config_name(packed, shape.n)
     )
     if benchmark.stats:
         benchmark.extra_info["speedup"] = best * 1e-6 / benchmark.stats.stats.median

@@ -41,7 +41,7 @@ class EmulatedKernel(LoadedKernel):
     """A kernel as the emulator runs it; `kernel` is a `Program`."""
 
     def config(self, grid: int | tuple[int, ...], *, cluster: int = 1, smem_bytes: int | None = None,
-               is_chained: bool = False, is_cooperative: bool = False) -> Any:  # fmt: skip
+               is_chained: bool = False) -> Any:  # fmt: skip
         """A launch configuration without the driver, which cuda.core asks about clusters."""
         grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
         smem = self.spec.smem_bytes if smem_bytes is None else smem_bytes
@@ -107,13 +107,6 @@ class EmulatedDevice:
         self.launched.append(kernel.spec.name)
         self.machine.run(kernel.kernel, grid=(wide * config.cluster, high), threads=kernel.spec.threads,
                          smem=config.smem, cluster=config.cluster, args=arguments)  # fmt: skip
-
-    def clear(self, stream: int, address: int, words: int) -> None:
-        """Clear 32-bit words."""
-        memory = self.machine.memory
-        place = slice(address - memory.base, address - memory.base + 4 * words)
-        assert memory.open[place].all()
-        memory.data[place], memory.written[place] = 0, True
 
     # --- arrays ------------------------------------------------------------------------------------------------------
     def empty(self, rows: int, cols: int, dtype: str, *, pitch: int | None = None, shift: int = 0) -> EmulatedArray:

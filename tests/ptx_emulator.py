@@ -36,7 +36,7 @@ DTYPES = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "f32": np.float3
 CLASS_OF = {"pred": "pred", "f32": "f32", **{k + b: "b" + b for k in "bus" for b in ("16", "32", "64")}}
 KINDS = {"u16": np.uint16, "s16": np.int16, "b16": np.uint16, "u32": np.uint32, "s32": np.int32, "b32": np.uint32,
          "u64": np.uint64, "s64": np.int64, "b64": np.uint64, "f32": np.float32, "pred": np.bool_}  # fmt: skip
-YIELD, STAY = "yield", "stay"
+STAY = "stay"
 
 
 class PtxError(AssertionError):
@@ -410,7 +410,7 @@ class Warp:
                             self._all_wait()
                         continue
                 group[0] = pc + 1
-                if signal is YIELD or self.blocked is not None:
+                if self.blocked is not None:
                     self._merge()
                     return
             elif kind == "ret":
@@ -584,7 +584,7 @@ def _action(p: Program, s: Statement) -> Callable[[Warp, np.ndarray | None], Any
     name = s.op[0]
     whole = ".".join(s.op)
     special = {
-        "ld": _load, "st": _store, "red": _reduce, "cvt": _convert, "mov": _move, "bar": _barrier,
+        "ld": _load, "st": _store, "cvt": _convert, "mov": _move, "bar": _barrier,
         "barrier": _cluster_barrier, "mbarrier": _mbarrier, "cp": _copy, "ldmatrix": _ldmatrix, "stmatrix": _stmatrix,
         "mma": _mma, "wgmma": _wgmma, "mapa": _mapa, "shfl": _shuffle,
     }  # fmt: skip
@@ -592,8 +592,6 @@ def _action(p: Program, s: Statement) -> Callable[[Warp, np.ndarray | None], Any
         return special[name](p, s)
     if whole.startswith(("griddepcontrol", "fence", "setmaxnreg", "membar")):
         return lambda w, m: None
-    if name == "nanosleep":
-        return lambda w, m: YIELD
     out, kind = p.write(s.args[0]), s.op[-1]
     if name in _BINARY:
         f, a, b = _BINARY[name], p.read(s.args[1], kind), p.read(s.args[2], kind)
@@ -758,9 +756,8 @@ def _load(p: Program, s: Statement) -> Any:
     at = p.address(s.args[1], "u64" if space == "global" else "u32")
     dtype = np.dtype(KINDS[kind])
     count = dtype.itemsize * len(outs)
-    is_poll = "acquire" in s.op
 
-    def load(w: Warp, m: np.ndarray | None) -> Any:
+    def load(w: Warp, m: np.ndarray | None) -> None:
         lanes = _lanes(m)
         memory, places = _resolve(w, space, at(w)[lanes])
         found = memory.load(places, count).view(dtype)
@@ -768,7 +765,6 @@ def _load(p: Program, s: Statement) -> Any:
             value = np.zeros(LANES, dtype)
             value[lanes] = found[:, i]
             out(w, m, value)
-        return YIELD if is_poll else None
 
     return load
 
@@ -786,22 +782,6 @@ def _store(p: Program, s: Statement) -> Any:
         w.machine.progress()
 
     return store
-
-
-def _reduce(p: Program, s: Statement) -> Any:
-    at, value = p.address(s.args[0], "u64"), p.read(s.args[1], "u32")
-    if s.op[-2:] != ["add", "u32"] or "global" not in s.op:
-        raise PtxError(f"the emulator does not know: {s.text}")
-
-    def reduce(w: Warp, m: np.ndarray | None) -> None:
-        lanes = np.arange(LANES)[_lanes(m)]
-        for lane in lanes:
-            place = at(w)[lane : lane + 1]
-            old = w.machine.memory.load(place, 4).view(np.uint32)
-            w.machine.memory.store(place, (old + value(w)[lane]).view(np.uint8))
-        w.machine.progress()
-
-    return reduce
 
 
 def _mapa(p: Program, s: Statement) -> Any:

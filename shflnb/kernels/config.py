@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import ArgumentError
 
-__all__ = ["ARCHITECTURES", "ATOM_BYTES", "CORE_BYTES", "Config", "EPILOGUES", "MOVER_TILE_BYTES", "Problem",
-           "SMEM_LIMIT", "SWIZZLE_128B", "ceil_div", "smem_limit"]  # fmt: skip
+__all__ = ["ARCHITECTURES", "ATOM_BYTES", "CORE_BYTES", "Config", "EPILOGUES", "Problem", "SMEM_LIMIT",
+           "SWIZZLE_128B", "ceil_div", "smem_limit"]  # fmt: skip
 
 EPILOGUES = ("plain", "identity", "relu", "gelu", "silu")
 """plain: out = W @ x. The others: out = f(W @ x + bias) + residual, bias and residual optional at run time."""
@@ -29,13 +29,10 @@ ATOM_BYTES, CORE_BYTES = 128, 128
 SWIZZLE_128B = 1 << 62
 """Bits 62 and 63 of a wgmma descriptor."""
 
-REGISTERS = {(1, 0): (80, 0, 208), (2, 0): (40, 0, 208), (1, 1): (80, 96, 168)}
-"""sm90: registers a thread of (producers, movers, consumers), by warpgroups of producers and movers. All warpgroups of
-a block together (two are consumers) must stay within what its launch takes: 504 with three warpgroups (168 each), 512
-with four, or setmaxnreg waits for registers that never come."""
-
-MOVER_TILE_BYTES = 64 * 144
-"""sm90: shared memory in which the movers turn 64 x 64 values; 144 bytes a row keep 8 rows in different banks."""
+REGISTERS = {1: (80, 208), 2: (40, 208)}
+"""sm90: registers a thread of (producers, consumers), by warpgroups of producers. All warpgroups of a block together
+(two are consumers) must stay within what its launch takes: 504 with three warpgroups (168 each), 512 with four, or
+setmaxnreg waits for registers that never come."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -97,10 +94,6 @@ class Config:
     """sm90: producer warps that fill a stage together; with fewer than all of them, teams fill stages in turns."""
     alternate: bool = False
     """sm90: the consumers take tiles in turns, one storing its results while the other multiplies; v <= 64."""
-    movers: int = 0
-    """sm90: warpgroups that turn token-major x and results meanwhile (0 or 1); with one it is `linear_sm90.py`."""
-    sweep: int = 512
-    """sm90 with movers: tokens that are turned, multiplied by all groups and turned back together."""
 
     def __post_init__(self) -> None:
         if self.kernel not in ("sm80", "sm90"):
@@ -123,14 +116,8 @@ class Config:
                 f"sm90: producers = {self.producers}, team = {self.team}; expected 1 or 2 warpgroups, in teams of "
                 "1, 2, 4 or 8 warps, no more teams than stages"
             )
-        if (self.producers, self.movers) not in REGISTERS:
-            raise ArgumentError(
-                f"sm90: {self.producers} producer and {self.movers} mover warpgroups; expected {sorted(REGISTERS)}"
-            )
-        if self.alternate and (self.v == 128 or self.tile_n > 256 or self.movers):
-            raise ArgumentError("sm90: tiles in turns need v <= 64, tile_n <= 256 and no movers")
-        if self.movers and (self.sweep < self.tile_n or self.sweep % self.tile_n or self.sweep % 128):
-            raise ArgumentError(f"sm90: sweep = {self.sweep}; expected a multiple of tile_n = {self.tile_n} and of 128")
+        if self.alternate and (self.v == 128 or self.tile_n > 256):
+            raise ArgumentError("sm90: tiles in turns need v <= 64 and tile_n <= 256")
         if self.copies_per_stage > 32:
             raise ArgumentError(f"sm90: {self.copies_per_stage} copies a thread; expected at most 32 (a larger team)")
         if self.tile_n == 512 and self.team < 2:
@@ -146,7 +133,7 @@ class Config:
             raise ArgumentError("sm90: v <= 32 puts tokens on the M side, 64 for each of two warpgroups: tile_n >= 128")
         if self.accumulators > 128:
             raise ArgumentError(f"sm90: {self.accumulators} accumulators a thread; at most 128 fit")
-        if self.producers + self.movers == 2 and self.accumulators > 64:
+        if self.producers == 2 and self.accumulators > 64:
             raise ArgumentError(
                 f"sm90: {self.accumulators} accumulators a thread with four warpgroups; 512 threads leave 128 "
                 "registers each, room for 64"
@@ -179,7 +166,7 @@ class Config:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 256 + 128 * (self.producers + self.movers) if self.kernel == "sm90" else 32 * self.sm80_warps
+        return 256 + 128 * self.producers if self.kernel == "sm90" else 32 * self.sm80_warps
 
     # sm90
     @property
@@ -220,9 +207,9 @@ class Config:
         return self.tile_k * max(1, self.tile_n // 256) // self.team
 
     @property
-    def registers(self) -> tuple[int, int, int]:
-        """sm90: registers a thread of a producer, a mover and a consumer warpgroup has after the start."""
-        return REGISTERS[self.producers, self.movers]
+    def registers(self) -> tuple[int, int]:
+        """sm90: registers a thread of a producer and of a consumer warpgroup has after the start."""
+        return REGISTERS[self.producers]
 
     @property
     def ids_bytes(self) -> int:
@@ -242,8 +229,7 @@ class Config:
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block, in bytes."""
         if self.kernel == "sm90":
-            moving = self.movers * MOVER_TILE_BYTES
-            return self.stages * self.stage_bytes + 256 + self.ids_bytes + moving + self.staging_bytes
+            return self.stages * self.stage_bytes + 256 + self.ids_bytes + self.staging_bytes
         return max(self.stages * self.stage_bytes, self.staging_bytes)
 
     # sm80
@@ -268,7 +254,7 @@ class Config:
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
         return (f"shflbw_{self.kernel}_{kind}_v{self.v}_n{self.tile_n}_k{self.tile_k}_s{self.stages}"
                 f"_p{self.producers}t{self.team}_b{self.blocks_per_sm}_{self.epilogue}"
-                f"{'_alternate' if self.alternate else ''}{f'_turned{self.sweep}' if self.movers else ''}")  # fmt: skip
+                f"{'_alternate' if self.alternate else ''}")  # fmt: skip
 
     def with_epilogue(self, epilogue: str) -> Config:
         """The same tiling with another epilogue."""

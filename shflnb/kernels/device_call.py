@@ -7,15 +7,13 @@ from typing import Any
 from ..formats.shflbw import ShflBWMatrix
 from .config import Config, ceil_div
 from .launch import device_context
-from .linear_plan import fits, launch_turned, turned_plan, work_values
-from .memo import FewColumnsMemo, TurnedMemo
+from .memo import FewColumnsMemo
 from .operands import ALIGNED, HAS_RESIDUAL, is_row_major
-from .select import linear_config
 from .skinny_plan import out_flags, run_skinny, x_flags
 from .spmm_plan import Plan, copy_spec, plan_for, transpose_spec
 from .views import DeviceView, current_stream, device_view, new_matrix
 
-__all__ = ["Call", "run", "run_few", "run_linear", "run_turned"]
+__all__ = ["Call", "run", "run_few", "run_linear"]
 
 
 class Call:
@@ -130,29 +128,6 @@ def run(call: Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res
         del keep_o
     del keep_r
     return keep_x, ldx
-
-
-def run_turned(call: Call, x: Any, out: Any, bias: tuple[int, int], activation: str | None, config: Config | None,
-               out_shape: tuple[int, ...]) -> TurnedMemo | None:  # fmt: skip
-    """The product of token-major x and out in one launch.
-
-    Both are (address, tokens, features, token stride, feature stride). None where the kernel cannot take them, or
-    another way is better. `config` forces a kernel (one with movers).
-    """
-    m, k = call.packed.shape
-    n = x[1]
-    if not fits((m, k), n, (x[0], x[3], x[4]), (out[0], out[3], out[4])):
-        return None
-    chosen = config or linear_config(call.packed.block[0], call.packed.dtype, n, call.context.capability)
-    if chosen is None:
-        return None
-    epilogue = activation or ("identity" if bias[0] else "plain")
-    plan = turned_plan(call.packed, call.context, n, chosen.with_epilogue(epilogue), call.stream_handle)
-    works = [new_matrix(1, values, call.like, call.packed.dtype) for values in work_values(plan)]
-    first, second = (device_view(work, what="workspace").address for work in works)
-    flags = bias[1] | ALIGNED
-    launch_turned(plan, call.stream_handle, (x[0], x[3]), (out[0], out[3]), (first, second), (bias[0], flags))
-    return TurnedMemo(plan, x[3], flags, out_shape)
 
 
 def run_linear(call: Call, x: Any, out_at: Any, bias: tuple[int, int], res: Any, activation: str | None,

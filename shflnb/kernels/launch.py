@@ -58,22 +58,18 @@ class LoadedKernel:
     from_cache: bool
 
     def config(
-        self, grid: int | tuple[int, ...], *, cluster: int = 1, smem_bytes: int | None = None, is_chained: bool = False,
-        is_cooperative: bool = False,
+        self, grid: int | tuple[int, ...], *, cluster: int = 1, smem_bytes: int | None = None, is_chained: bool = False
     ) -> Any:  # fmt: skip
         """A launch configuration for this many blocks; keep it, it costs as much as the launch.
 
         With `cluster` above 1 the grid counts clusters of that many blocks; `is_chained` starts the kernel before the
         one ahead of it in the stream is done (programmatic launch), which the kernel must then wait for by itself.
-        An `is_cooperative` launch has all of its blocks on the device at once, or fails.
         """
         from cuda.core import LaunchConfig
 
         extra: dict[str, Any] = {"cluster": cluster} if cluster > 1 else {}
         if is_chained:
             extra["programmatic_stream_serialization"] = True
-        if is_cooperative:
-            extra["is_cooperative"] = True
         size = self.spec.smem_bytes if smem_bytes is None else smem_bytes
         return LaunchConfig(grid=grid, block=self.spec.threads, shmem_size=size, **extra)
 
@@ -180,11 +176,6 @@ class DeviceContext:
         else:
             with self.current():
                 self._launch(self.stream(stream), config, kernel.kernel, *arguments)
-
-    def clear(self, stream: int, address: int, words: int) -> None:
-        """Enqueue the clearing of 32-bit words in device memory."""
-        with self.current():
-            _check(self.driver.cuMemsetD32Async(address, 0, words, stream), "clearing device memory")
 
     def stream(self, handle: int) -> Any:
         """The cuda.core stream of a raw handle; made once, since making one costs 5 us."""

@@ -13,10 +13,9 @@ from typing import Any
 
 from ..formats.shflbw import ShflBWMatrix
 from .launch import DeviceContext, LoadedKernel
-from .linear_plan import TurnedPlan, launch_turned, work_values
 from .views import torch_stream
 
-__all__ = ["FewColumnsMemo", "LinearMemo", "MatmulMemo", "TurnedMemo", "memo_key", "quick_linear", "quick_matmul"]
+__all__ = ["FewColumnsMemo", "LinearMemo", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,6 @@ class LinearMemo:
     turn_out_flags: int
     out_shape: tuple[int, ...]
     flags: int
-
-
-@dataclass(frozen=True)
-class TurnedMemo:
-    """A token-major product in one launch."""
-
-    plan: TurnedPlan
-    token_stride: int
-    flags: int
-    out_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -116,22 +105,9 @@ def _quick_few(memo: FewColumnsMemo, x: Any, address: int, bias: Any) -> Any:
     return out
 
 
-def _quick_turned(memo: TurnedMemo, x: Any, address: int, bias: Any) -> Any:
-    out = x.new_empty(memo.out_shape)
-    turned, product = (x.new_empty(values) for values in work_values(memo.plan))
-    work = turned.data_ptr(), product.data_ptr()
-    bias_at = 0 if bias is None else bias.data_ptr()
-    stream = torch_stream(memo.plan.context.ordinal)
-    launch_turned(memo.plan, stream, (address, memo.token_stride), (out.data_ptr(), memo.plan.m), work,
-                  (bias_at, memo.flags))  # fmt: skip
-    return out
-
-
 def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None) -> Any:
     """The token-major product by memo, or None when there is none."""
-    memo: LinearMemo | FewColumnsMemo | TurnedMemo | None = packed.launch_cache.get(
-        memo_key("linear", x, bias, activation)
-    )
+    memo: LinearMemo | FewColumnsMemo | None = packed.launch_cache.get(memo_key("linear", x, bias, activation))
     if memo is None:
         return None
     address = x.data_ptr()
@@ -139,8 +115,6 @@ def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None
         return None
     if isinstance(memo, FewColumnsMemo):
         return _quick_few(memo, x, address, bias)
-    if isinstance(memo, TurnedMemo):
-        return _quick_turned(memo, x, address, bias)
     launch, stream = memo.context.launch, torch_stream(memo.context.ordinal)
     turned = x.new_empty((memo.k, memo.ld))
     product = x.new_empty((memo.m, memo.ld))

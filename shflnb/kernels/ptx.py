@@ -230,13 +230,13 @@ setmaxnreg_dec = {
     count: instruction(
         f"Give registers of the warpgroup back, down to {count} a thread.",
         f"setmaxnreg.dec.sync.aligned.u32 {count};", (), "~{memory}")
-    for count in (40, 80, 96)
+    for count in (40, 80)
 }  # fmt: skip
 setmaxnreg_inc = {
     count: instruction(
         f"Raise the warpgroup's registers to {count} a thread.",
         f"setmaxnreg.inc.sync.aligned.u32 {count};", (), "~{memory}")
-    for count in (168, 208)
+    for count in (208,)
 }  # fmt: skip
 
 # --- mma.sync (PTX ISA 9.7.14.5.8) -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from .config import EPILOGUES, smem_limit
 from .launch import KernelSpec
-from .select import candidates, linear_candidates
+from .select import candidates
 from .skinny_choice import RECORDS_IN_FLIGHT_KB, SkinnyConfig, warps_of
 from .skinny_plan import kernel_spec as skinny_spec
 from .skinny_plan import sum_spec
@@ -31,8 +31,7 @@ def capability_of(arch: str) -> tuple[int, int]:
 def _products(arch: str) -> Iterator[KernelSpec]:
     for v in (16, 32, 64, 128):
         for dtype in ("float16", "bfloat16"):
-            capability = capability_of(arch)
-            for config in [*candidates(v, dtype, capability), *linear_candidates(v, dtype, capability)]:
+            for config in candidates(v, dtype, capability_of(arch)):
                 if (config.kernel == "sm90") == arch.endswith("a"):
                     for epilogue in EPILOGUES:
                         yield kernel_spec(config.with_epilogue(epilogue))

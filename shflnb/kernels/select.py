@@ -23,8 +23,6 @@ __all__ = [
     "candidates",
     "choose",
     "has_few_columns",
-    "linear_candidates",
-    "linear_config",
     "predict_us",
     "roof_us",
     "sweep_of",
@@ -70,14 +68,6 @@ _SM80_TILES = {
 FEW_COLUMNS = 0
 
 
-# tile_n, tile_k, stages, team of the kernel that turns token-major arrays itself (four warpgroups: 64 accumulators)
-_TURNED_TILES = {128: (128, 64, 6, 2), 64: (256, 64, 4, 2), 32: (256, 64, 5, 2), 16: (256, 64, 5, 2)}
-
-# Tokens from which `linear` takes that kernel instead of transpose, product, transpose. None: it has not run on a GPU
-# yet.
-TURNED_FROM: int | None = None
-
-
 @dataclass(frozen=True)
 class Choice:
     """A config with the reason it was taken."""
@@ -107,21 +97,6 @@ def candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:
         if config.smem_bytes <= limit:
             found.append(config)
     return found
-
-
-def linear_candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:
-    """The kernels that take token-major arrays as they are, for groups of v rows; none but on capability 9.0."""
-    if capability != (9, 0):
-        return []
-    tile_n, tile_k, stages, team = _TURNED_TILES[v]
-    return [Config("sm90", v, tile_n, tile_k, stages, dtype, team=team, movers=1)]
-
-
-def linear_config(v: int, dtype: str, n: int, capability: tuple[int, int]) -> Config | None:
-    """The kernel for a token-major product with n tokens, or None where transposes around another one are better."""
-    if TURNED_FROM is None or n < TURNED_FROM:
-        return None
-    return next(iter(linear_candidates(v, dtype, capability)), None)
 
 
 def predict_us(problem: Problem, config: Config, sm_count: int) -> float:

@@ -23,7 +23,6 @@ from .ptx import (
     wgmma_wait,
 )
 from .ptx_cluster import grid_wait
-from .signals import count_up
 from .sm90_rows import make_rows_side
 from .sm90_tokens import make_tokens_side
 
@@ -48,24 +47,21 @@ def make_skip(config: Config) -> Callable[..., Any]:
 def make_consumer(config: Config) -> Callable[..., Any]:
     """Device function of a consumer warpgroup: multiply and store every tile of this block, or every second one.
 
-    finishing (with movers): the counters of tiles done, see `sweeps.py`. order (with `alternate`): two mbarriers, one
-    for each consumer, that say whose turn it is.
+    order (with `alternate`): two mbarriers, one for each consumer, that say whose turn it is.
     """
     stages, stage_bytes, producers = config.stages, config.stage_bytes, config.producers
-    registers, take_registers = config.accumulators, setmaxnreg_inc[config.registers[2]]
-    has_movers, tiles_of_a_sweep = config.movers > 0, max(1, config.sweep // config.tile_n)
+    registers, take_registers = config.accumulators, setmaxnreg_inc[config.registers[1]]
     alternate, skip = config.alternate, make_skip(config)
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
     stores, begin, multiply, store = (make_rows_side if config.weights_are_m else make_tokens_side)(config)
 
-    def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags,
-                finishing, order):  # fmt: skip
+    def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags, order):
         take_registers()
         grid_wait()
         acc = cuda.local.array(registers, f32)
         targets = cuda.local.array(stores, u32)
         who = u32((tid >> u32(7)) - u32(producers))
-        lane, leader = u32(tid & u32(31)), (tid & u32(127)) == u32(0)
+        leader = (tid & u32(127)) == u32(0)
         stage, phase, order_phase = u32(0), u32(0), u32(0)
         turn_bytes = u64(cuda.gridDim.x) * u64(16)
         entry = ld_global_nc_v4(queue)
@@ -77,13 +73,7 @@ def make_consumer(config: Config) -> Callable[..., Any]:
                 queue += turn_bytes
                 entry = ld_global_nc_v4(queue)
         count = entry[2]
-        finished = u64(0)  # counter of the tile before, not signalled yet
         while count > u32(0):
-            own_counter, signal_at = u64(0), u32(0xFFFFFFFF)
-            if has_movers:
-                own_counter = finishing + u64(entry[3] // u32(tiles_of_a_sweep)) * u64(4)
-                if finished != u64(0) and lane == u32(0):
-                    signal_at = u32(1) if count > u32(1) else u32(0)
             # where the results go is read before the main loop: in the epilogue, each of these costs a trip to L2
             begun = begin(targets, entry[0], entry[3], who, tid, rows, bias, flags)
             queue += turn_bytes
@@ -109,9 +99,6 @@ def make_consumer(config: Config) -> Callable[..., Any]:
                 wait_one()
                 if leader and u32(kt) > u32(0):
                     mbarrier_arrive(release)
-                # behind this tile's first products: the stores are done by then, and the fence has nothing to wait for
-                if has_movers and u32(kt) == signal_at:
-                    count_up(finished)
                 release = u32(empty + stage * u32(8))
                 stage = u32(stage + u32(1))
                 if stage == u32(stages):
@@ -126,8 +113,5 @@ def make_consumer(config: Config) -> Callable[..., Any]:
                 mbarrier_arrive(release)
             store(acc, targets, begun, staging, who, tid, n, out, rows, bias, residual, ldo, ldr, flags)
             count = entry[2]
-            finished = own_counter
-        if has_movers and finished != u64(0) and lane == u32(0):
-            count_up(finished)
 
     return cuda.jit(device=True, forceinline=True)(consume)

@@ -26,8 +26,6 @@ from .ptx import (
     warp_sync,
 )
 from .ptx_cluster import grid_wait
-from .signals import wait_for
-from .sweeps import units_in
 
 __all__ = ["make_producer"]
 
@@ -38,10 +36,7 @@ IDS_AHEAD = 6  # of its stages between the fetch of ids and their use; the slots
 
 
 def make_producer(config: Config) -> Callable[..., Any]:
-    """Device function of the producer warpgroup: fill the ring, stage after stage, for every tile of this block.
-
-    With movers x has `features` rows, and `turning` is the counters of its parts, see `sweeps.py`.
-    """
+    """Device function of the producer warpgroup: fill the ring, stage after stage, for every tile of this block."""
     tile_n, tile_k, stages = config.tile_n, config.tile_k, config.stages
     x_bytes, w_bytes, stage_bytes = config.x_stage_bytes, config.w_stage_bytes, config.stage_bytes
     chunks = tile_n // 8  # 16-byte chunks of a stitched row
@@ -59,8 +54,6 @@ def make_producer(config: Config) -> Callable[..., Any]:
     slot_bytes, ring_bytes = rows_per_warp * 4, ID_SLOTS * rows_per_warp * 4
     give_registers = setmaxnreg_dec[config.registers[0]]
     wait_ids = cp_async_wait[IDS_AHEAD - 2]
-    has_movers, tiles_of_a_sweep = config.movers > 0, max(1, config.sweep // config.tile_n)
-    parts_of_a_sweep = units_in(config.sweep)
 
     @cuda.jit(device=True, forceinline=True)
     def load_ids(ids, address):
@@ -96,7 +89,7 @@ def make_producer(config: Config) -> Callable[..., Any]:
 
     copy0, copy1, copy2, copy3 = (make_copy_batch(min(b, batches - 1)) for b in range(4))
 
-    def produce(base, full, empty, ids_ring, tid, values, columns, queue, x, n, ldx, turning, features):
+    def produce(base, full, empty, ids_ring, tid, values, columns, queue, x, n, ldx):
         give_registers()
         lane = u32(tid & u32(31))
         warp = u32(tid >> u32(5))
@@ -126,7 +119,6 @@ def make_producer(config: Config) -> Callable[..., Any]:
         step, ahead_step = own_team, own_team
         ahead_slot, slot, lead = u32(0), u32(0), u32(0)
         ids_at, x_at, w_at, cut, room, beyond = columns, x, values, False, u32(0), u32(0)
-        seen = u32(0xFFFFFFFF)  # the sweep whose x is known to be there
         while True:
             if lead == u32(IDS_AHEAD):
                 if step >= count:
@@ -140,11 +132,6 @@ def make_producer(config: Config) -> Callable[..., Any]:
                     if count == u32(0):
                         break
                     w_at = values + (u64(entry[1]) + u64(step)) * u64(w_bytes)
-                    if has_movers:
-                        sweep = u32(entry[3] // u32(tiles_of_a_sweep))
-                        if sweep != seen:
-                            wait_for(turning + u64(sweep) * u64(4), parts_of_a_sweep(sweep, n, features))
-                            seen = sweep
                     column = u32(entry[3] * u32(tile_n) + column_chunk * u32(8))
                     # a column tile that n cuts inside a chunk copies by byte counts; elsewhere a chunk is whole, or
                     # beyond n and zeroed: letting it read column 0 instead doubled such a tile's time (H200, 2026-11)

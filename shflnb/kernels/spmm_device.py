@@ -17,7 +17,7 @@ from ..arrays import kind_of
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..formats.shflbw import ShflBWMatrix
 from .config import Config, ceil_div
-from .device_call import Call, run, run_few, run_linear, run_turned
+from .device_call import Call, run, run_few, run_linear
 from .memo import LinearMemo, MatmulMemo, memo_key, quick_linear, quick_matmul
 from .operands import (
     ALIGNED,
@@ -73,8 +73,6 @@ def device_matmul(
     if rows[1] != k:
         raise ShapeError(f"x has {rows[1]} rows; packed needs k = {k}")
     check_activation(activation)
-    if config is not None and config.movers:
-        raise ArgumentError(f"{config.name} is a kernel for linear, on token-major arrays")
     n = rows[2]
     bias_at = check_bias(bias, packed, view.device)
     out_shape = (m,) if len(view.shape) == 1 else (m, n)
@@ -177,21 +175,13 @@ def device_linear(
 
 def _enqueue_linear(call: Call, x: Any, out: Any, bias: tuple[int, int], res: Any, activation: str | None,
                     config: Config | None, out_shape: tuple[int, ...]) -> Any:  # fmt: skip
-    """Launch the token-major product by one of the three ways; returns the memo of such a call, or None.
+    """Launch the token-major product by one of the two ways; returns the memo of such a call, or None.
 
     Operands are (address, tokens, features, token stride, feature stride).
     """
     n = x[1]
     if config is None and has_few_columns(n):
         return run_few(call, turned(x), turned(out), n, bias, turned(res), activation, out_shape)
-    if res is None and (config is None or config.movers):
-        memo = run_turned(call, x, out, bias, activation, config, out_shape)
-        if memo is not None:
-            return memo
-    if config is not None and config.movers:
-        raise ArgumentError(
-            f"{config.name} takes token-major x and out, 16-byte aligned, with m and k multiples of 8, and no residual"
-        )
     run_linear(call, x, out, bias, res, activation, config)
     m, k = call.packed.shape
     return _linear_memo(call, n, out_shape, bias, activation) if min(m, n, k) > 1 and x[3:] == (k, 1) else None

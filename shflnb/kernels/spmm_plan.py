@@ -55,10 +55,6 @@ def kernel_spec(config: Config) -> KernelSpec:
     """How to build the kernel of a config."""
 
     def make() -> Any:
-        if config.movers:
-            from .linear_sm90 import make_linear_sm90
-
-            return make_linear_sm90(config)
         if config.kernel == "sm90":
             from .spmm_sm90 import make_spmm_sm90
 
@@ -67,11 +63,9 @@ def kernel_spec(config: Config) -> KernelSpec:
 
         return make_spmm_sm80(config)
 
-    arguments = 19 if config.movers else 13
     return KernelSpec(
-        repr(config), config.name, config.kernel, make, arguments, config.threads, config.smem_bytes,
-        config.blocks_per_sm,
-    )  # fmt: skip
+        repr(config), config.name, config.kernel, make, 13, config.threads, config.smem_bytes, config.blocks_per_sm
+    )
 
 
 def transpose_spec(is_chained: bool) -> KernelSpec:

@@ -79,10 +79,9 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
         cuda.syncthreads()
         grid_launch_dependents()  # a kernel launched in the same way may set up as soon as blocks of this one end
         if tid < u32(copiers):
-            produce(base, full, empty, u32(base + u32(barriers + 256)), tid, values, columns, own_queue, x, u32(n), ldx,
-                    u64(0), u32(0))  # fmt: skip
+            produce(base, full, empty, u32(base + u32(barriers + 256)), tid, values, columns, own_queue, x, u32(n), ldx)
         else:
             consume(base, full, empty, u32(base + u32(staging)), tid, own_queue, rows, out, bias, residual, u32(n), ldo,
-                    ldr, u32(flags), u64(0), order)  # fmt: skip
+                    ldr, u32(flags), order)  # fmt: skip
 
     return spmm_sm90

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_cases as cases
 
-from shflnb.kernels.select import linear_candidates
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 from shflnb.reference import judge
 
@@ -81,41 +80,20 @@ def run_calls() -> list[str]:
     return wrong
 
 
-def run_turned(config: Any, number: int) -> list[str]:
-    """The token-major product in one launch; n cuts a unit of 64 tokens, m and k a unit of 128 features."""
-    rng = np.random.default_rng(number)
-    packed = cases.random_packed(config.v + 8, 136, config.v, dtype=config.dtype, seed=number)
-    wrong = []
-    for n in (40, 600):
-        x, bias = (rng.standard_normal(s).astype(cases.DTYPES[config.dtype]) for s in ((n, 136), (config.v + 8,)))
-        for activation, added in ((None, None), ("gelu", bias)):
-            on = None if added is None else on_device(added)
-            y = device_linear(on_device(x), packed, on, activation=activation, config=config)
-            verdict = judge(host(y.T, config.dtype), packed, np.ascontiguousarray(x.T), added, activation)
-            if not verdict.holds:
-                wrong.append(f"{config.name} {activation} n {n}: {verdict}")
-    return wrong
-
-
 def main() -> int:
     configs = cases.configs() + cases.configs("bfloat16")
-    turned = [
-        c for v in (16, 32, 64, 128) for d in cases.DTYPE_NAMES for c in linear_candidates(v, d, cases.capability())
-    ]
     epilogues = {None: "identity", "gelu": "gelu", "relu": "relu", "silu": "silu"}
     if "--prebuild" in sys.argv:
         cases.prebuild(
             [
                 *configs,
-                *turned,
-                *(c.with_epilogue("gelu") for c in turned),
                 *(c.with_epilogue(epilogues[("gelu", "relu", "silu", None)[i % 4]]) for i, c in enumerate(configs)),
             ]
         )
     wrong = [text for number, config in enumerate(configs) for text in run_config(config, number)]
-    wrong += [text for number, config in enumerate(turned) for text in run_turned(config, number)] + run_calls()
+    wrong += run_calls()
     torch.cuda.synchronize()
-    print("\n".join(wrong) or f"all products of {len(configs) + len(turned)} configs and of the selection are right")
+    print("\n".join(wrong) or f"all products of {len(configs)} configs and of the selection are right")
     return int(bool(wrong))
 
 

@@ -25,7 +25,7 @@ from shflnb.kernels import compiler
 from shflnb.kernels.config import Config
 from shflnb.kernels.launch import KernelSpec
 from shflnb.kernels.registry import TARGETS, all_specs, capability_of
-from shflnb.kernels.select import candidates, linear_candidates
+from shflnb.kernels.select import candidates
 
 needs_tools = pytest.mark.skipif(
     compiler.find_tool("ptxas") is None or compiler.find_tool("cuobjdump") is None,
@@ -161,7 +161,7 @@ CONFIGS = {
     for arch in TARGETS
     for v in (16, 32, 64, 128)
     for dtype in ("float16", "bfloat16")
-    for base in [*candidates(v, dtype, capability_of(arch)), *linear_candidates(v, dtype, capability_of(arch))]
+    for base in candidates(v, dtype, capability_of(arch))
     for config in (base.with_epilogue(e) for e in ("plain", "identity", "relu", "gelu", "silu"))
     for spec_key in (repr(config),)
 }

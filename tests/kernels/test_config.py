@@ -8,13 +8,12 @@ import pytest
 
 from shflnb.errors import ArgumentError
 from shflnb.kernels.config import ARCHITECTURES, EPILOGUES, SMEM_LIMIT, Config, Problem, ceil_div, smem_limit
-from shflnb.kernels.select import candidates, linear_candidates
+from shflnb.kernels.select import candidates
 
 SM90 = Config("sm90", 64, 256, 64, 4, team=2)
 SM80 = Config("sm80", 64, 128, 32, 4)
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 EVERY = [c for v in (16, 32, 64, 128) for cap in CAPABILITIES for c in candidates(v, "float16", cap)]
-EVERY += [c for v in (16, 32, 64, 128) for c in linear_candidates(v, "float16", (9, 0))]
 
 
 @pytest.mark.parametrize(
@@ -32,13 +31,9 @@ EVERY += [c for v in (16, 32, 64, 128) for c in linear_candidates(v, "float16", 
         (SM90, {"stages": 6}, "bytes of shared memory; at most"),
         (SM90, {"v": 128, "tile_n": 512, "tile_k": 32}, "accumulators"),
         (SM90, {"v": 32, "tile_n": 64}, "v <= 32"),
-        (SM90, {"movers": 2}, "1 producer and 2 mover warpgroups"),
-        (SM90, {"movers": 1, "producers": 2}, "2 producer and 1 mover warpgroups"),
-        (SM90, {"movers": 1, "tile_n": 512, "tile_k": 32}, "128 accumulators a thread with four warpgroups"),
-        (SM90, {"movers": 1, "sweep": 384}, "sweep = 384; expected a multiple of tile_n = 256"),
-        (SM90, {"alternate": True, "tile_n": 512, "tile_k": 32}, "tiles in turns need v <= 64, tile_n <= 256"),
+        (SM90, {"producers": 2, "tile_n": 512, "tile_k": 32}, "128 accumulators a thread with four warpgroups"),
+        (SM90, {"alternate": True, "tile_n": 512, "tile_k": 32}, "tiles in turns need v <= 64 and tile_n <= 256"),
         (SM90, {"alternate": True, "v": 128, "tile_n": 128}, "tiles in turns need v <= 64"),
-        (SM90, {"alternate": True, "movers": 1}, "no movers"),
         (SM80, {"tile_n": 512}, "tile_n = 512"),
         (SM80, {"tile_n": 256, "tile_k": 64, "stages": 8}, "bytes of shared memory; at most"),
     ],
@@ -75,12 +70,12 @@ def test_sizes_against_sums_written_out(config: Config) -> None:
         assert config.staging_bytes == config.threads // 32 * 16 * row <= config.smem_bytes
     else:
         consumers = 256
-        assert config.threads == consumers + 128 * (config.producers + config.movers)
+        assert config.threads == consumers + 128 * config.producers
         assert config.accumulators * (consumers // 2 if config.alternate else consumers) == outputs
         # all registers that the warpgroups take fit what the launch gave: a multiple of 8 a thread
         launched = 65536 // config.threads // 8 * 8 * config.threads
-        producer, mover, consumer = config.registers
-        assert 128 * (producer * config.producers + mover * config.movers + 2 * consumer) <= launched
+        producer, consumer = config.registers
+        assert 128 * (producer * config.producers + 2 * consumer) <= launched
         assert config.accumulators <= 128
         producing = 32 * config.team
         assert config.copies_per_stage * producing * 16 == 2 * x_values
@@ -89,7 +84,7 @@ def test_sizes_against_sums_written_out(config: Config) -> None:
         assert 2 * 8 * config.stages + 2 * 8 * config.alternate <= 256
         rows_of_a_warp = max(1, config.tile_n // 256) * config.tile_k // config.team
         assert config.ids_bytes == 4 * config.producers * 8 * rows_of_a_warp * 4
-        before = config.stages * config.stage_bytes + 256 + config.ids_bytes + 64 * 144 * config.movers
+        before = config.stages * config.stage_bytes + 256 + config.ids_bytes
         assert config.smem_bytes == before + config.staging_bytes
         assert before % 16 == 0, "staging is read 16 bytes at a time"
     assert config.smem_bytes <= SMEM_LIMIT[90]

@@ -6,7 +6,6 @@ array, a wait that is missing or a wait without end is an error. What the emulat
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from shflnb.formats.skinny_layout import to_skinny
 from shflnb.kernels import device_call, select, skinny_plan
 from shflnb.kernels.config import Config
 from shflnb.kernels.launch import DeviceMemory
-from shflnb.kernels.select import candidates, linear_candidates
+from shflnb.kernels.select import candidates
 from shflnb.kernels.skinny_choice import SkinnyConfig
 from shflnb.kernels.skinny_plan import SkinnyWeights, arrays_of, make_plan
 from shflnb.kernels.spmm_device import device_linear, device_matmul
@@ -113,37 +112,6 @@ def test_linear_by_transposes(monkeypatch: pytest.MonkeyPatch) -> None:
             y = device.read(device_linear(given, packed, config=config))
             assert (y.astype(np.float64) == product(packed, x.T).T).all()
     assert sum("transpose" in name for name in device.launched) >= 6
-
-
-@pytest.mark.parametrize(("v", "dtype"), [(16, "bfloat16"), (32, "float16"), (64, "bfloat16"), (128, "float16")])
-def test_linear_in_one_launch(v: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several sweeps, more blocks than tiles, and every seed another order of movers, producers and consumers."""
-    config = replace(linear_candidates(v, dtype, HOPPER)[0], sweep=256)
-    for seed, (m, k, n, sms) in enumerate(((2 * v + 8, 136, 700, 4), (8, 8, 3, 2), (v, 264, 257, 3))):
-        device = install(monkeypatch, EmulatedDevice(seed, sm_count=sms))
-        packed = random_packed(m, k, v, dtype=dtype, seed=seed, integers=True)
-        x = integers(np.random.default_rng(seed), (n, k), dtype)
-        out = device.empty(n, m, dtype, pitch=m + 8)
-        y = device.read(device_linear(device.array(x, pitch=k + 16), packed, out=out, config=config))
-        assert (y.astype(np.float64) == product(packed, x.T).T).all(), (m, k, n)
-        assert device.launched == [config.name]
-
-
-def test_linear_in_one_launch_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bias and activation; the same bits whatever the order; by memo of the second call nothing changes."""
-    config = linear_candidates(64, "float16", HOPPER)[0]
-    rng = np.random.default_rng(0)
-    packed = random_packed(200, 144, 64, seed=3)
-    x, bias = floats(rng, (530, 144), "float16"), floats(rng, (200,), "float32")
-    found = []
-    for seed in range(3):
-        device = install(monkeypatch, EmulatedDevice(seed))
-        packed.launch_cache.clear()
-        given = device.array(x), packed, device.array(bias)
-        found.append(device.read(device_linear(*given, activation="gelu", config=config)))
-    assert all((y.view(np.uint16) == found[0].view(np.uint16)).all() for y in found)
-    verdict = judge(found[0].T, packed, np.ascontiguousarray(x.T), bias, "gelu")
-    assert verdict.holds, verdict
 
 
 # --- few columns -----------------------------------------------------------------------------------------------------

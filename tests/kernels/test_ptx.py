@@ -75,8 +75,8 @@ QUARTET = {
 TABLES = {
     "cp_async_wait": [("cp.async.wait_group {};", range(8))],
     "wgmma_wait": [("wgmma.wait_group.sync.aligned {};", (0, 1))],
-    "setmaxnreg_dec": [("setmaxnreg.dec.sync.aligned.u32 {};", (40, 80, 96))],
-    "setmaxnreg_inc": [("setmaxnreg.inc.sync.aligned.u32 {};", (168, 208))],
+    "setmaxnreg_dec": [("setmaxnreg.dec.sync.aligned.u32 {};", (40, 80))],
+    "setmaxnreg_inc": [("setmaxnreg.inc.sync.aligned.u32 {};", (208,))],
 }
 
 
