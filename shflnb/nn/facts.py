@@ -87,8 +87,8 @@ def random_layer(
         indices[indptr[g] : indptr[g + 1]] = np.sort(rng.permutation(k)[: counts[g]])
     values = np.zeros((len(indices), v), dtype=np.float32)
     empty = ShflBWMatrix((m, k), block, indptr, indices, values, rng.permutation(m).astype(np.int32))
-    layer = ShflLinear.from_packed(empty, torch.zeros(m) if bias else None, device=device, requires_grad=False)
-    layer = layer.to(dtype)
+    vector = torch.zeros(m, device=device, dtype=dtype) if bias else None
+    layer = ShflLinear.from_packed(empty, vector, device=device).to(dtype).requires_grad_(False)
     # The places of rows that the last group does not have stay zero.
     last = int(indptr[-2]) if m % v and groups else len(indices)
     with torch.no_grad():

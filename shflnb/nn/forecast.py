@@ -134,6 +134,8 @@ def _place(model: nn.Module, device: Any) -> torch.device | Gpu:
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device is {device!r}, but torch sees no GPU; name one to predict for, such as 'H200'")
+    if place.type == "cuda" and place.index is None:  # as tensors name it: "cuda" alone equals no tensor's device
+        return torch.device("cuda", torch.cuda.current_device())
     return place
 
 
@@ -177,7 +179,7 @@ class _Meter:
         m, k = facts.weight.shape
         key = (m, k, dtype, facts.bias is not None)
         if key not in self.dense:
-            weight = torch.randn(m, k, device=self.place).mul_(k**-0.5).to(dtype)
+            weight = torch.randn(m, k, device=self.place, dtype=torch.float32).mul_(k**-0.5).to(dtype)
             bias = None if facts.bias is None else torch.zeros(m, device=self.place, dtype=dtype)
             self.dense[key] = Facts(weight, bias, dtype)
         return self.dense[key]

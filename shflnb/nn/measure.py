@@ -10,6 +10,7 @@ of that alone is taken off; on the CPU the calls rotate over copies of the layer
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
@@ -73,7 +74,9 @@ def call_us(
     if timing not in TIMINGS:
         raise ArgumentError(f"timing is {timing!r}; expected one of {', '.join(TIMINGS)}")
     seconds = _SECONDS.get(device.type, 0.12) if seconds is None else seconds
-    with torch.no_grad():
+    # Events and captures belong to the current device: on another one they would time nothing.
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.no_grad(), current:
         once = _once(calls, device)
         if is_cold and device.type == "cuda":
             cold = _cold_us(calls[0], device)
@@ -109,7 +112,7 @@ def _cold_us(call: Callable[[], Any], device: torch.device) -> float:
     """Device microseconds of a call whose operands are not in the cache, by the difference of two CUDA graphs."""
     cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
     # Read, not written: dirty lines would have to go back to memory while the call runs.
-    other = torch.zeros(2 * cache // 4, device=device)
+    other = torch.zeros(2 * cache // 4, dtype=torch.float32, device=device)
 
     def sweep() -> None:
         other.sum()

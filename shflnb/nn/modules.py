@@ -152,17 +152,24 @@ class ShflLinear(nn.Module):
         name: str = "",
         requires_grad: bool = True,
     ) -> ShflLinear:
-        """A layer that holds the arrays of `packed` on `device`, and `bias` as it is."""
+        """A layer that holds the arrays of `packed` on `device` (that of `bias`, if none is named).
+
+        `bias` is shared, not copied, where it lies on that device already.
+        """
         m, k = packed.shape
         if bias is not None and tuple(bias.shape) != (m,):
             raise ShapeError(f"bias has shape {tuple(bias.shape)}; packed needs ({m},)")
-        like = torch.empty(0)
+        if device is None and bias is not None:
+            device = bias.device
         layer = cls(k, m, bias=False, block=packed.block, activation=activation, device=device)
-        tensors = {field: like_kind(np.ascontiguousarray(getattr(packed, field)), like).to(device)
+        place, like = layer.form.device, torch.empty(0, device="cpu")  # whatever torch's default device is
+        tensors = {field: like_kind(np.ascontiguousarray(getattr(packed, field)), like).to(place)
                    for field in ("values", "indices", "indptr", "row_perm")}  # fmt: skip
         layer.values = nn.Parameter(tensors["values"], requires_grad=requires_grad)
         layer.indices, layer.indptr, layer.row_perm = tensors["indices"], tensors["indptr"], tensors["row_perm"]
         if bias is not None:
+            if bias.device != place:
+                bias = nn.Parameter(bias.detach().to(place), bias.requires_grad)
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         layer.name = name
         return layer

@@ -13,7 +13,7 @@ from torch import nn
 import shflnb
 from shflnb.errors import ArgumentError, DeviceError
 from shflnb.nn import ShflLinear, estimate, sparsify_
-from shflnb.nn.facts import random_layer
+from shflnb.nn.facts import Facts, random_layer, stand_in
 from shflnb.nn.predict import gpu_named, predicted_us
 
 TOKENS = {"tokens": torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))}
@@ -39,6 +39,16 @@ def test_random_layers_have_the_size_asked_for(m: int, k: int, block: tuple[int,
     assert packed.counts.max() - packed.counts.min() <= block[1]
     if 0 < sparsity < 1:
         assert 0.5 < float(layer.values.std()) * k**0.5 < 1.5
+
+
+def test_every_tensor_of_a_stand_in_is_where_the_weight_is() -> None:
+    with torch.device("meta"):
+        facts = Facts(torch.empty(100, 70), torch.empty(100), torch.bfloat16)
+    layer = stand_in(facts, (32, 16), 0.5, {})
+    assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
+    parameters = dict(layer.named_parameters())
+    assert set(parameters) == {"values", "bias"} and {p.dtype for p in parameters.values()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in parameters.values())
 
 
 def test_the_estimate_is_the_table_of_sparsify(fixed_times: Callable[..., None]) -> None:

@@ -51,6 +51,18 @@ def test_to_dense_computes_the_same() -> None:
         assert isinstance(dense, nn.Linear if activation is None else nn.Sequential)
 
 
+@pytest.mark.parametrize(("named", "of_bias", "default"), [
+    ("meta", "cpu", "cpu"), ("cpu", "cpu", "meta"), (None, "meta", "cpu"), (None, "cpu", "meta"), (None, None, "meta"),
+])  # fmt: skip
+def test_from_packed_puts_all_tensors_in_one_place(named: str | None, of_bias: str | None, default: str) -> None:
+    packed = random_packed(40, 24, (16, 16))
+    bias = None if of_bias is None else torch.zeros(40, dtype=torch.float64, device=of_bias)
+    with torch.device(default):
+        layer = ShflLinear.from_packed(packed, bias, device=named)
+    where = {t.device.type for t in (*layer.parameters(), *layer.buffers())}
+    assert where == {named or of_bias or default} and (layer.bias is None) == (bias is None)
+
+
 def test_from_packed_shares_the_bias_and_checks_it() -> None:
     packed = random_packed(40, 24, (16, 16))
     bias = nn.Parameter(torch.zeros(40, dtype=torch.float64))
