@@ -214,13 +214,13 @@ def _check(
     """What can change from call to call; the rest is checked when the launch record is made."""
     if x.dim() < 1 or x.shape[-1] != k:
         raise ShapeError(f"x has shape {tuple(x.shape)}; the layer needs (..., {k}), features last")
+    if values.device != x.device:  # before the bias: a whole layer elsewhere is named by its main tensor
+        raise DeviceError(f"x is on {x.device}, values on {values.device}; move one with .to()")
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != row_perm.shape[0]:
             raise ShapeError(f"bias has shape {tuple(bias.shape)}; the layer needs ({row_perm.shape[0]},)")
         if bias.device != x.device:
             raise DeviceError(f"x is on {x.device}, bias on {bias.device}; move one with .to()")
-    if values.device != x.device:
-        raise DeviceError(f"x is on {x.device}, values on {values.device}; move one with .to()")
     if not x.is_floating_point():
         raise DtypeError(f"x is {x.dtype}; needed is a floating dtype, that of the weights ({values.dtype})")
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from nn_models import dense_by_definition, make_layer, random_packed, tensors
 
-from shflnb.errors import ArgumentError, DtypeError, FormatError, ShapeError
+from shflnb.errors import ArgumentError, DeviceError, DtypeError, FormatError, ShapeError
 from shflnb.nn import dense_weight, is_feature_major, packed_linear, to_feature_major
 from shflnb.nn.op import _is_plain_call
 
@@ -277,6 +277,11 @@ def test_errors_say_what_is_needed() -> None:
         packed_linear(torch.zeros(3, 25), *t, k=24)
     with pytest.raises(ShapeError, match=r"bias has shape \(39,\).*\(40,\)"):
         packed_linear(torch.zeros(3, 24), *t, torch.zeros(39), k=24)
+    bias = torch.zeros(40)
+    with pytest.raises(DeviceError, match=r"x is on meta, values on cpu"):
+        packed_linear(torch.zeros(3, 24, device="meta"), *t, bias, k=24)
+    with pytest.raises(DeviceError, match=r"x is on cpu, bias on meta"):
+        packed_linear(torch.zeros(3, 24), *t, bias.to("meta"), k=24)
     with pytest.raises(ArgumentError, match=r"activation is 'tanh'.*relu, gelu, silu"):
         packed_linear(torch.zeros(3, 24), *t, k=24, activation="tanh")
     with pytest.raises(ArgumentError, match="layout is 'row'"):
