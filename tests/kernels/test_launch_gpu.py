@@ -437,4 +437,5 @@ def test_what_the_driver_says_of_the_kernels() -> None:
         loaded = context.kernel(kernel_spec(config), 0)
         assert loaded.local_bytes == 0
         assert loaded.registers * config.threads * config.blocks_per_sm <= 65536
-    assert context.kernel(transpose_spec(), 0).local_bytes == 0
+    for is_chained in (False, context.has_chaining):
+        assert context.kernel(transpose_spec(is_chained), 0).local_bytes == 0
