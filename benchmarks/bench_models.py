@@ -7,22 +7,26 @@
 mlp      4096 -> 14336 -> 4096 with GELU, 4096 tokens, token-major in and out, over eager and compiled dense
 bert     BERT-large encoder, 32 x 512 tokens, end to end over eager dense; the report's forecast against the measurement
 decode   Llama-3-8B decoder layer, one token per sequence, batch 1..16, in a CUDA graph
+estimate times by `estimate` against those measured after pruning real weights
 slower   40 layer shapes x 8 numbers of tokens: is any layer that `never_slower` chooses slower than dense?
          (measured anew; below 512 tokens with the weights out of the cache, as they are in a model)
-estimate times by `estimate` against those measured after pruning real weights
 
 Every sparse model is compared with the dense model of the same zeros before it is timed. Weights are random, the
 search is the quickest one: what a pattern retains does not change what it costs. The directory is $OUT without --out.
+A part that fails is named, with its traceback, and the others go on. Exit code 1 if one failed or a result was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import itertools
 import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,19 +35,23 @@ from typing import Any
 import torch
 from models import BertEncoder, DecoderLayer, mlp_block
 from protocol import eager_us, measure, relative_error
-from records import RESULTS, Budget, Results, machine, results_name, write_machine
+from records import RESULTS, Budget, Results, machine, prebuild, results_name, write_machine
 from torch import nn
 
 import shflnb
 from shflnb.nn import Report, ShflLinear
-from shflnb.nn.facts import random_layer
+from shflnb.nn.decide import Options, Timer, Times, decide
+from shflnb.nn.facts import facts_of, random_layer
 from shflnb.nn.measure import COLD_BELOW, call_us
+from shflnb.nn.observe import Observation
+from shflnb.nn.planner import Plan
 
 FIELDS = ("gpu", "part", "case", "dtype", "v", "sparsity", "what", "median_us", "p10_us", "p90_us", "samples",
           "launches", "method", "sm_mhz", "eager_us", "speedup", "bar", "error", "note")  # fmt: skip
 ERROR_LIMIT = {torch.float16: 6e-3, torch.bfloat16: 4e-2, torch.float32: 1e-4}
 BATCHES = (1, 2, 8, 32, 128, 512, 2048, 8192)
-PARTS = ("mlp", "decode", "bert", "slower", "estimate")
+PARTS = ("mlp", "decode", "bert", "estimate", "slower")  # the last takes the time that is left
+TURNS, MORE_TURNS = 2, 4
 
 
 @dataclass
@@ -92,12 +100,17 @@ class Run:
                 before[name] = linear.weight
                 linear.weight = nn.Parameter(module.dense_weight().detach())
         with torch.no_grad():
-            error = relative_error(sparse(x), dense(x))
+            error = self.compared(sparse(x), dense(x))
         for name, weight in before.items():
             dense.get_submodule(name).weight = weight
-        if not error <= ERROR_LIMIT[x.dtype]:
+        return error
+
+    def compared(self, out: torch.Tensor, reference: torch.Tensor) -> float:
+        """Error of a result, which is wrong above the limit of its dtype."""
+        error = relative_error(out, reference)
+        if not error <= ERROR_LIMIT[out.dtype]:
             self.wrong += 1
-            self.lines.append(f"WRONG  error {error:.3g} above {ERROR_LIMIT[x.dtype]:g}")
+            self.lines.append(f"WRONG  error {error:.3g} above {ERROR_LIMIT[out.dtype]:g}")
         return error
 
 
@@ -120,12 +133,11 @@ def call(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Callable[[], 
 
 def compiled(run: Run, model: nn.Module, x: torch.Tensor) -> Callable[[], Any] | None:
     """The model under torch.compile, or None (said) where there is no compiler."""
-    torch._dynamo.reset()
     function = call(torch.compile(model, fullgraph=True), x)
     try:
         function()
     except (RuntimeError, ImportError, OSError) as error:
-        run.lines.append(f"left out: torch.compile ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
+        run.lines.append(f"left out: torch.compile ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})")
         return None
     return function
 
@@ -139,6 +151,7 @@ def bench_mlp(run: Run) -> None:
     for dtype in run.dtypes:
         model = run.made(lambda: mlp_block(width, hidden), dtype)
         x = torch.randn(tokens, width, device=run.device, dtype=dtype)
+        torch._dynamo.reset()  # once for all models of a dtype: it forgets those compiled before
         subjects = {"dense eager": call(model, x)}
         dense_compiled = compiled(run, model, x)
         if dense_compiled is not None:
@@ -152,12 +165,16 @@ def bench_mlp(run: Run) -> None:
                 again = compiled(run, sparse, x)
                 if again is not None:
                     subjects["sparse v64 compiled"] = again
+                    errors["sparse v64 compiled"] = run.compared(again(), subjects["sparse v64"]())
         times = measure(subjects, run.device)
         eager = {name: eager_us(f, run.device, device_us=times[name].median_us) for name, f in subjects.items()}
         for name, timing in times.items():
             speedup = times["dense eager"].median_us / timing.median_us
+            v, _, form = name.removeprefix("sparse v").partition(" ")
+            bar = bars[int(v)][0] if v.isdigit() and not form else ""
             run.row("mlp", f"{width}-{hidden}-{width} n={tokens}", name, dtype=dtype, error=errors.get(name, ""),
-                    eager_us=round(eager[name], 1), speedup=round(speedup, 3), **timing.row())  # fmt: skip
+                    bar=bar or "", v=v if v.isdigit() else "", eager_us=round(eager[name], 1),
+                    speedup=round(speedup, 3), **timing.row())  # fmt: skip
         for v, (over_eager, over_compiled) in bars.items():
             name = f"sparse v{v}"
             if name in times:
@@ -184,8 +201,8 @@ def bench_bert(run: Run) -> None:
     for name, timing in times.items():
         note = f"sparsify_ took {seconds:.1f} s; {len(report.sparse)} layers" if name.startswith("sparse") else ""
         run.row("bert", f"{sizes} {batch}x{tokens}", name, dtype=dtype, v=v, eager_us=round(eager[name], 1), note=note,
-                error=error if note else "", speedup=round(eager["dense eager"] / eager[name], 3),
-                **timing.row())  # fmt: skip
+                error=error if note else "", bar=1.35 if note else "",
+                speedup=round(eager["dense eager"] / eager[name], 3), **timing.row())  # fmt: skip
     run.judge(f"BERT encoder, eager, {len(report.sparse)} layers sparse ({eager['sparse eager'] / 1e3:.2f} ms)",
               eager["dense eager"] / eager["sparse eager"], 1.35)  # fmt: skip
     for text, told in (
@@ -201,15 +218,22 @@ def bench_bert(run: Run) -> None:
 def bench_decode(run: Run) -> None:
     sizes, context = ((64, 4, 2, 128), 32) if run.is_toy else ((4096, 32, 8, 14336), 512)
     v, dtype = 16 if run.is_toy else 64, run.dtypes[0]
-    for batch in (1, 4) if run.is_toy else (1, 2, 4, 8, 16):
-        model = run.made(lambda: DecoderLayer(*sizes, batch, context), dtype)  # noqa: B023 (called at once)
-        x = torch.randn(batch, 1, sizes[0], device=run.device, dtype=dtype)
-        sparse, _ = sparsified(model, x, v, policy="always", timing="graph", measure_model=False)
+    batches = (1, 4) if run.is_toy else (1, 2, 4, 8, 16)
+    model = run.made(lambda: DecoderLayer(*sizes, max(batches), context), dtype)
+    tokens = torch.randn(max(batches), 1, sizes[0], device=run.device, dtype=dtype)
+    sparse, _ = sparsified(model, tokens, v, policy="always", timing="graph", measure_model=False)
+    caches = {name: buffer for name, buffer in model.named_buffers() if name in ("keys", "cache")}
+    for batch in batches:
+        x = tokens[:batch].contiguous()
+        for layer in (model, sparse):
+            for name, buffer in caches.items():
+                setattr(layer, name, buffer[:batch].clone())
         error = run.checked(sparse, model, x)
         times = measure({"dense": call(model, x), "sparse": call(sparse, x)}, run.device)
         speedup = times["dense"].median_us / times["sparse"].median_us
         for name, timing in times.items():
-            run.row("decode", f"batch {batch}", name, dtype=dtype, v=v, error=error, **timing.row(),
+            run.row("decode", f"batch {batch}", name, dtype=dtype, v=v, error=error if name == "sparse" else "",
+                    bar=2.0 if name == "sparse" else "", **timing.row(),
                     speedup=round(times["dense"].median_us / timing.median_us, 3))  # fmt: skip
         run.judge(f"Llama-3-8B decoder layer, batch {batch}, graph ({times['sparse'].median_us:.0f} us)", speedup, 2.0)
 
@@ -227,48 +251,71 @@ def sweep_shapes(toy: bool) -> list[tuple[int, int]]:
         (6144, 4096),
         (28672, 4096),
     ]
-    shapes += [(1000, 2048), (2304, 768), (640, 1280), (11008, 4096)]
-    return list(dict.fromkeys(shapes))[:40]
+    shapes += [(1000, 2048), (2304, 768), (640, 1280), (11008, 4096), (1280, 1280), (5120, 1280)]
+    shapes = list(dict.fromkeys(shapes))
+    assert len(shapes) == 40
+    return [shape for first in range(5) for shape in shapes[first::5]]  # so that a part of them has some of each kind
 
 
-def in_turns(dense: Callable[[], Any], sparse: Callable[[], Any], n: int, device: str) -> tuple[float, float]:
-    """Device microseconds of both, cold for few tokens, each the median of three measurements taken in turns."""
-    place, found = torch.device(device), []
-    for _ in range(3):
-        found.append([call_us([f], place, "graph", is_cold=n < COLD_BELOW) for f in (dense, sparse)])
-    return statistics.median(d for d, _ in found), statistics.median(s for _, s in found)
+def in_turns(
+    dense: Callable[[], Any], sparse: Callable[[], Any], n: int, device: str, turns: int
+) -> list[tuple[float, float]]:
+    """Device microseconds of both, cold for few tokens, in as many turns."""
+    if n >= COLD_BELOW:
+        times = measure({"dense": dense, "sparse": sparse}, device, rounds=3 * turns, warm_s=0.005)
+        return [(times["dense"].median_us, times["sparse"].median_us)] * turns
+    place = torch.device(device)
+    found = [[call_us([f], place, "graph", is_cold=True) for f in (dense, sparse)] for _ in range(turns)]
+    return [(d, s) for d, s in found]
+
+
+def estimated(model: nn.Module, layer: ShflLinear, n: int) -> Times:
+    """What `estimate` measures of a model of one linear layer, and decides by; one random pattern for every n."""
+    seen, facts, timer = Observation(calls={"0": [n]}, escaped={"0"}), facts_of(model[0]), Timer("graph")
+
+    def measured(name: str, layout: Plan) -> Times:
+        return timer.times(name, facts, layer, seen.tokens(name), layout)
+
+    return decide(seen, {"0"}, Options(timing="graph"), measured)[1]["0"]
 
 
 def bench_slower(run: Run) -> None:
-    """`estimate` decides; then chosen layers and dense ones are timed again, in turns, and compared."""
+    """As `estimate` decides; then chosen layers and dense ones are timed again, in turns, and compared."""
     dtype, v = run.dtypes[0], 16 if run.is_toy else 64
-    block = (v, 16 if run.is_toy else 64)
+    block, batches = (v, 16 if run.is_toy else 64), BATCHES[:3] if run.is_toy else BATCHES
     worst, chosen, total, slower = 0.0, 0, 0, []
-    for m, k in sweep_shapes(run.is_toy):
-        layer = random_layer((m, k), block, 0.75, bias=True, dtype=dtype, device=torch.device(run.device), seed=1)
-        model = run.made(lambda: nn.Sequential(nn.Linear(k, m)), dtype)  # noqa: B023 (called at once)
-        for n in BATCHES[:3] if run.is_toy else BATCHES:
-            if run.budget.is_spent:
-                run.lines.append(f"left out: never_slower from {m}x{k}, n={n} on (time budget)")
-                return
-            x = torch.randn(n, k, device=run.device, dtype=dtype)
-            told = shflnb.estimate(model, x, 0.75, block, timing="graph")
-            total += 1
-            row = told.rows[0]
-            if row.decision == "dense":
-                run.row(
-                    "slower", f"{m}x{k} n={n}", "dense chosen", dtype=dtype, v=v, speedup=round(row.speedup or 0, 3)
-                )
-                continue
+    shapes = sweep_shapes(run.is_toy)
+    for (m, k), n in itertools.product(shapes, batches):
+        if run.budget.is_spent:
+            left = len(shapes) * len(batches) - total
+            run.lines.append(f"left out: never_slower of {left} layers, from {m}x{k}, n={n} on (time budget)")
+            break
+        if n == batches[0]:
+            gc.collect()  # the memory of a packed matrix must not be freed in the middle of a later capture
+            layer = random_layer((m, k), block, 0.75, bias=True, dtype=dtype, device=torch.device(run.device), seed=1)
+            model = run.made(lambda: nn.Sequential(nn.Linear(k, m)), dtype)  # noqa: B023 (called at once)
             layer.layout = "token"
-            dense_us, sparse_us = in_turns(call(model, x), call(layer, x), n, run.device)
-            ratio = sparse_us / dense_us
-            chosen, worst = chosen + 1, max(worst, ratio)
-            if ratio > 1.03:
-                slower.append(f"{m}x{k} n={n} {ratio:.2f}")
-            run.row("slower", f"{m}x{k} n={n}", "sparse chosen", dtype=dtype, v=v, speedup=round(1 / ratio, 3),
-                    median_us=round(sparse_us, 3), note=f"estimate {row.speedup:.3f}")  # fmt: skip
-    run.judge(f"never_slower: worst of {chosen} chosen of {total} layers, time over dense", worst, 1.03, at_most=True)
+        total += 1
+        told = estimated(model, layer, n)
+        if not told.is_worth_it:
+            run.row("slower", f"{m}x{k} n={n}", "dense chosen", dtype=dtype, v=v,
+                    speedup=round(told.dense / told.sparse, 3))  # fmt: skip
+            continue
+        x = torch.randn(n, k, device=run.device, dtype=dtype)
+        pair = call(model, x), call(layer, x)
+        turns = in_turns(*pair, n, run.device, TURNS)
+        if sum(s for _, s in turns) > 1.03 * sum(d for d, _ in turns):  # measured better before it is said
+            turns += in_turns(*pair, n, run.device, MORE_TURNS)
+        dense_us, sparse_us = (statistics.median(side) for side in zip(*turns, strict=True))
+        ratio = sparse_us / dense_us
+        chosen, worst = chosen + 1, max(worst, ratio)
+        if ratio > 1.03:
+            slower.append(f"{m}x{k} n={n} {ratio:.2f}")
+        run.row("slower", f"{m}x{k} n={n}", "sparse chosen", dtype=dtype, v=v, speedup=round(1 / ratio, 3),
+                median_us=round(sparse_us, 3), note=f"estimate {told.dense / told.sparse:.3f}")  # fmt: skip
+    text = f"worst of {chosen} chosen of {total} layers, time over dense"
+    run.judge(f"never_slower: {text}", worst, 1.03, at_most=True)
+    run.row("slower", "all", text, dtype=dtype, v=v, bar="at most 1.03", note=f"{worst:.3f}; {len(slower)} above")
     if slower:
         run.lines.append(f"       slower than 3 %: {', '.join(slower[:12])}")
 
@@ -310,8 +357,32 @@ def bench_estimate(run: Run) -> None:
                 median_us=round(found, 3),
                 note=f"estimate {told:.2f} us; groups keep {counts.min()}..{counts.max()}")  # fmt: skip
     if off:
-        run.judge(f"estimate: part of {len(off)} layers within 10 %", sum(o <= 0.10 for o in off) / len(off), 0.9)
+        good = sum(o <= 0.10 for o in off) / len(off)
+        run.judge(f"estimate: part of {len(off)} layers within 10 %", good, 0.9)
+        run.row("estimate", "all", f"part of {len(off)} layers within 10 %", dtype=dtype, v=v, bar="at least 0.9",
+                note=f"{good:.2f}; median {statistics.median(off):.1%} off, worst {max(off):.1%}")  # fmt: skip
         run.lines.append(f"       estimate: median {statistics.median(off):.1%} off, worst {max(off):.1%}")
+
+
+def kernels_of(parts: Sequence[str]) -> set[Any]:
+    """The kernels of many columns that the parts may launch; those of few are built when needed, a few of each height.
+
+    Building takes seconds each, which the parts would spend one after the other.
+    """
+    from shflnb.kernels.select import candidates
+
+    wanted: set[Any] = set()
+    capability = torch.cuda.get_device_capability()
+    for v, dtype, epilogues, needed_by in (
+        (64, "bfloat16", ("plain", "identity", "gelu"), PARTS),
+        (64, "float16", ("identity", "gelu"), ("mlp",)),
+        (128, "bfloat16", ("identity", "gelu"), ("mlp",)),
+        (128, "float16", ("identity", "gelu"), ("mlp",)),
+    ):
+        if set(parts) & set(needed_by):
+            found = [c for c in candidates(v, dtype, capability) if capability[0] != 9 or c.kernel == "sm90"]
+            wanted |= {config.with_epilogue(name) for config in found for name in epilogues}
+    return wanted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -331,12 +402,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "slower": bench_slower,
         "estimate": bench_estimate,
     }
+    if options.device == "cuda":
+        wanted = kernels_of(options.only)
+        seconds = prebuild(wanted, torch.cuda.get_device_capability())
+        print(f"{len(wanted)} kernels built in {seconds:.1f} s", flush=True)
     for part in (p for p in PARTS if p in options.only):
         if run.budget.is_spent:
             run.lines.append(f"left out: {part} (time budget)")
             continue
-        parts[part](run)
-        print(f"[{run.budget.used_s:5.1f} s] {part} done", flush=True)
+        try:
+            parts[part](run)
+        except Exception as error:  # noqa: BLE001 (the other parts are worth having)
+            traceback.print_exc()
+            run.wrong += 1
+            run.lines.append(f"FAILED {part}: {type(error).__name__}: {str(error).partition(chr(10))[0][:120]}")
+        print(f"[{run.budget.used_s:5.1f} s] {part} ended", flush=True)
+        gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
     results.close()
