@@ -57,10 +57,11 @@ def product(w: Any, x: np.ndarray) -> np.ndarray:
 # --- products on feature-major arrays --------------------------------------------------------------------------------
 STITCHED = [
     ("sm90", 128, 256, "float16"), ("sm90", 64, 512, "bfloat16"), ("sm90", 64, 256, "float16"),
-    ("sm90", 32, 512, "float16"), ("sm90", 16, 128, "bfloat16"),
+    ("sm90", 32, 256, "float16"), ("sm90", 16, 128, "bfloat16"),
     ("sm80", 128, 128, "float16"), ("sm80", 64, 256, "bfloat16"), ("sm80", 32, 64, "float16"),
     ("sm80", 16, 128, "float16"),
     ("sm90 alternate", 64, 256, "float16"), ("sm90 alternate", 32, 256, "bfloat16"),
+    ("sm90 alternate", 16, 256, "float16"),
 ]  # fmt: skip
 
 

@@ -92,6 +92,65 @@ def test_a_sweep_is_a_number_of_column_tiles() -> None:
             assert 1 <= sweep_of(config, n_tiles) <= n_tiles
 
 
+# v, m, k, n, sparsity, and microseconds of the wgmma candidates in their order (H200, 2026-11-22; fp16, warm, graphs):
+# a few of the 495 measured cases, for each candidate some where it is the fastest
+MEASURED = [
+    (32, 1024, 1024, 640, 0.75, (4.57, 4.39, 5.06)),
+    (32, 1024, 4096, 1056, 0.5, (34.45, 35.33, 30.12)),
+    (32, 4096, 1024, 128, 0.75, (4.84, 4.53, 3.82)),
+    (32, 4096, 1024, 640, 0.5, (14.72, 15.09, 15.53)),
+    (32, 4096, 1024, 640, 0.75, (9.35, 9.33, 10.16)),
+    (32, 4096, 1024, 4096, 0.75, (40.22, 42.14, 49.83)),
+    (32, 4096, 2048, 320, 0.75, (10.94, 11, 10.15)),
+    (32, 4096, 4096, 8192, 0.75, (267.4, 270, 308.3)),
+    (32, 4096, 14336, 8192, 0.75, (918.3, 914.5, 1050)),
+    (32, 32320, 1024, 640, 0.5, (96.54, 104, 101.9)),
+    (64, 1024, 1024, 1056, 0.75, (5.89, 5.21, 7.45, 5.54)),
+    (64, 1024, 1024, 1056, 0.875, (4.42, 4.34, 5.06, 4.12)),
+    (64, 1024, 4096, 960, 0.5, (17.97, 19.94, 37.47, 13.31)),
+    (64, 1024, 4096, 1056, 0.875, (7.18, 7.06, 11.61, 7.96)),
+    (64, 3072, 1024, 4096, 0.875, (13.71, 15.25, 14.29, 17.22)),
+    (64, 4096, 1024, 320, 0.875, (4.28, 4.02, 4.67, 4.21)),
+    (64, 4096, 1024, 960, 0.5, (11.82, 12.63, 11.8, 14.79)),
+    (64, 4096, 2048, 6400, 0.875, (39.29, 42.59, 44.54, 51.38)),
+    (64, 4096, 14336, 4096, 0.875, (136.9, 145.3, 135.3, 176.1)),
+    (64, 6144, 4096, 8192, 0.75, (226.6, 246, 236.4, 293.1)),
+    (128, 1024, 4096, 960, 0.875, (8.62, 5.5, 4.95)),
+    (128, 2048, 2048, 128, 0.875, (5.44, 3.82, 2.97)),
+    (128, 2048, 2048, 2048, 0.75, (9.72, 11.24, 13.24)),
+    (128, 4096, 2048, 320, 0.875, (5.73, 4.47, 5.18)),
+    (128, 4096, 4096, 512, 0.75, (14.1, 9.63, 12.55)),
+    (128, 4096, 4096, 2048, 0.75, (30.72, 33.84, 42.25)),
+    (128, 4096, 4096, 8192, 0.875, (68.74, 77.58, 97.08)),
+    (128, 4096, 14336, 4096, 0.5, (372.7, 421.3, 565.5)),
+    (128, 6144, 4096, 128, 0.5, (25.82, 15.58, 11.47)),
+    (128, 32320, 1024, 320, 0.5, (32.78, 29.18, 31.32)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("v", "m", "k", "n", "sparsity", "times"), MEASURED)
+def test_the_rule_finds_what_was_measured_fastest(
+    v: int, m: int, k: int, n: int, sparsity: float, times: tuple[float, ...]
+) -> None:
+    asked = problem(m, k, n, v, 1 - sparsity)
+    pool = [c for c in candidates(v, "float16", (9, 0)) if c.kernel == "sm90"]
+    us = dict(zip(pool, times, strict=True))
+    choice = choose(asked, *H200)
+    assert us[choice.config] <= 1.1 * min(times)
+    assert choice.predicted_us == pytest.approx(us[choice.config], rel=0.22)
+
+
+def test_a_longest_group_counts_only_where_it_outlasts_the_rest() -> None:
+    """Unequal groups: the mean counts for all tiles, the longest for one."""
+    even = problem(4096, 4096, 4096)
+    for config in candidates(64, "float16", (9, 0)):
+        if config.kernel == "sm90":
+            assert predict_us(even, config, 132) == pytest.approx(
+                predict_us(replace(even, longest=even.longest + 512), config, 132), rel=0.05
+            )
+            assert predict_us(replace(even, longest=4096 * 16), config, 132) > 2 * predict_us(even, config, 132)
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 OTHER = Config("sm80", 64, 64, 32, 4, blocks_per_sm=2)
 
