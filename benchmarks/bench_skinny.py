@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_spmm import Weights, checked_dense, sparse_calls
+from bench_spmm import Weights, checked_dense, config_name, sparse_calls
 from cases import Case, Shape, all_shapes
 from matrices import random_tensor
 from protocol import check, measure, rotations
@@ -87,19 +87,6 @@ def copy_gbps(device: str) -> float | None:
     target = torch.empty_like(source)
     us = measure({"copy": lambda: target.copy_(source)}, device)["copy"].median_us
     return 2 * COPY_BYTES / us / 1e3
-
-
-def config_name(packed: Any, n: int) -> str:
-    """Name of the kernel that ran for n columns, from the launcher's records; "" where it keeps none."""
-    from shflnb.kernels.select import has_few_columns
-
-    kind, column = ("skinny plan", -(-n // 8)) if has_few_columns(n) else ("plan", n)
-    for key, plan in packed.launch_cache.items():
-        if isinstance(key, tuple) and key[0] == kind:
-            few = kind == "skinny plan"
-            if (key[2] >= column > key[2] // 2) if few else (key[2] == column and key[4] is None):
-                return str(plan.config.name if few else plan.choice.config.name)
-    return ""
 
 
 def time_group(

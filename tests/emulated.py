@@ -17,7 +17,7 @@ import pytest
 from ptx_emulator import Machine, Program
 
 from shflnb.arrays import DTYPES
-from shflnb.kernels import compiler, device_call, launch, skinny_plan, spmm_device
+from shflnb.kernels import compiler, device_call, launch, spmm_device
 from shflnb.kernels.config import smem_limit
 from shflnb.kernels.launch import KernelSpec, LoadedKernel
 from shflnb.kernels.views import DeviceView
@@ -157,7 +157,6 @@ def install(monkeypatch: pytest.MonkeyPatch, device: EmulatedDevice) -> Emulated
         return device.empty(rows, cols, dtype)
 
     monkeypatch.setattr(launch, "_CONTEXTS", {0: device})
-    monkeypatch.setattr(skinny_plan, "_TEAMS", {})
     for module in (device_call, spmm_device):
         monkeypatch.setattr(module, "new_matrix", new_matrix)
     return device

@@ -31,7 +31,7 @@ import numpy as np
 
 LANES = 32
 GENERIC_SHARED = 1 << 40  # where generic addresses of shared memory begin
-RANK_SHIFT = 24  # bits of a shared::cluster address above which rank + 1 stands
+RANK_SHIFT = 24  # bits of a shared address above which stands the rank of the block in its cluster, as on the device
 DTYPES = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "f32": np.float32, "b64": np.uint64}
 CLASS_OF = {"pred": "pred", "f32": "f32", **{k + b: "b" + b for k in "bus" for b in ("16", "32", "64")}}
 KINDS = {"u16": np.uint16, "s16": np.int16, "b16": np.uint16, "u32": np.uint32, "s32": np.int32, "b32": np.uint32,
@@ -175,7 +175,8 @@ class Program:
         if arg.startswith("%"):
             return lambda w: w.special[arg]
         if arg in self.shared:
-            return _constant(np.full(LANES, self.shared[arg], dtype))
+            place = self.shared[arg]
+            return lambda w: np.full(LANES, place | w.block.rank << RANK_SHIFT, dtype)
         if arg.startswith("0f"):
             value: Any = struct.unpack(">f", bytes.fromhex(arg[2:]))[0]
             return _constant(np.full(LANES, value, np.float32).view(dtype))
@@ -317,9 +318,15 @@ class Block:
     shared: Memory
     cluster: Cluster
     warps: int
+    rank: int = 0
     members: list[Warp] = field(default_factory=list)
     barriers: dict[int, Rendezvous] = field(default_factory=dict)
     mbarriers: dict[int, Mbarrier] = field(default_factory=dict)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a warp has not ended; a block's shared memory is its own until then."""
+        return any(w.groups for w in self.members)
 
     def mbarrier(self, at: int) -> Mbarrier:
         if at not in self.mbarriers:
@@ -500,7 +507,8 @@ class Machine:
         for number in range(wide * high):
             if number % cluster == 0:
                 group = Cluster()
-            block = Block(Memory("shared", 0, program.static_bytes + smem, is_open=True), group, -(-threads // LANES))
+            block = Block(Memory("shared", 0, program.static_bytes + smem, is_open=True), group, -(-threads // LANES),
+                          number % cluster)  # fmt: skip
             group.blocks.append(block)
             for w in range(block.warps):
                 tid = np.arange(w * LANES, (w + 1) * LANES, dtype=np.uint32)
@@ -533,6 +541,8 @@ class Machine:
                     w.blocked = None
                     self.progress()
                 w.run(int(self.rng.integers(1, 400)))
+        for land in bulk:
+            land()
         for w in warps:
             for entry in w.copies:  # nobody waited for these, but they happen
                 if not entry[2]:
@@ -730,16 +740,23 @@ def _space(s: Statement) -> str:
     return spaces[0]
 
 
+def _own(w: Warp, addresses: Any) -> Any:
+    """Places in this block's shared memory."""
+    if (np.asarray(addresses) >> RANK_SHIFT != w.block.rank).any():
+        raise PtxError("an address of another block's shared memory, or of none")
+    return addresses & ((1 << RANK_SHIFT) - 1)
+
+
 def _resolve(w: Warp, space: str, addresses: np.ndarray) -> tuple[Memory, np.ndarray]:
     if space == "global":
         return w.machine.memory, addresses
-    if space == "shared::cluster" and (addresses >> RANK_SHIFT).any():
+    if space == "shared::cluster":
         ranks = np.unique(addresses >> RANK_SHIFT)
         if len(ranks) > 1:
             raise PtxError("one access to the shared memory of several blocks")
-        block = w.block.cluster.blocks[int(ranks[0]) - 1]
+        block = w.block.cluster.blocks[int(ranks[0])]
         return block.shared, addresses & ((1 << RANK_SHIFT) - 1)
-    return w.block.shared, addresses
+    return w.block.shared, _own(w, addresses)
 
 
 def _vector(arg: str) -> list[str]:
@@ -770,6 +787,8 @@ def _load(p: Program, s: Statement) -> Any:
 
 
 def _store(p: Program, s: Statement) -> Any:
+    if s.op[1] == "async":
+        return _store_async(p, s)
     kind, space = s.op[-1], _space(s)
     values = [p.read(name, kind) for name in _vector(s.args[1])]
     at = p.address(s.args[0], "u64" if space == "global" else "u32")
@@ -784,9 +803,40 @@ def _store(p: Program, s: Statement) -> Any:
     return store
 
 
+def _store_async(p: Program, s: Statement) -> Any:
+    """A store to a block of the cluster that lands some time later and then completes its bytes on a barrier there."""
+    values = [p.read(name, s.op[-1]) for name in _vector(s.args[1])]
+    at, signal = p.address(s.args[0], "u32"), p.address(s.args[2], "u32")
+
+    def store(w: Warp, m: np.ndarray | None) -> None:
+        lanes = _lanes(m)
+        memory, places = _resolve(w, "shared::cluster", at(w)[lanes])
+        signals = np.unique(signal(w)[lanes])
+        block = w.block.cluster.blocks[int(signals[0]) >> RANK_SHIFT]
+        if len(signals) > 1 or block.shared is not memory:
+            raise PtxError("an asynchronous store that signals another block than it writes to, or several barriers")
+        rows = np.ascontiguousarray(np.stack([v(w)[lanes] for v in values], axis=1)).view(np.uint8)
+
+        def land() -> None:
+            if not block.is_running:
+                raise PtxError("a store to the shared memory of a block that has ended")
+            memory.store(places, rows)
+            block.mbarrier(int(signals[0]) & ((1 << RANK_SHIFT) - 1)).complete(rows.size)
+
+        w.machine.bulk.append(land)
+        w.machine.progress()
+
+    return store
+
+
 def _mapa(p: Program, s: Statement) -> Any:
     out, at, rank = p.write(s.args[0]), p.read(s.args[1], "u32"), p.read(s.args[2], "u32")
-    return lambda w, m: out(w, m, at(w) | ((rank(w) + np.uint32(1)) << np.uint32(RANK_SHIFT)))
+
+    def mapa(w: Warp, m: np.ndarray | None) -> None:
+        _own(w, at(w)[_lanes(m)])
+        out(w, m, at(w) & np.uint32((1 << RANK_SHIFT) - 1) | rank(w) << np.uint32(RANK_SHIFT))
+
+    return mapa
 
 
 def _shuffle(p: Program, s: Statement) -> Any:
@@ -846,12 +896,19 @@ def _mbarrier(p: Program, s: Statement) -> Any:
         assert value is not None
         for lane in np.arange(LANES)[_lanes(m)]:
             count = int(value(w)[lane])
-            w.block.mbarriers[int(at(w)[lane])] = Mbarrier(count, count)
+            w.block.mbarriers[_own(w, int(at(w)[lane]))] = Mbarrier(count, count)
 
     def arrive(w: Warp, m: np.ndarray | None) -> None:
         for lane in np.arange(LANES)[_lanes(m)]:
             expect = int(value(w)[lane]) if value is not None and "expect_tx" in s.op else 0
-            w.block.mbarrier(int(at(w)[lane])).arrive(1, expect)
+            place, block = int(at(w)[lane]), w.block
+            if "shared::cluster" in s.op:
+                block = w.block.cluster.blocks[place >> RANK_SHIFT]
+            else:
+                _own(w, place)
+            if not block.is_running:
+                raise PtxError("an arrival at a barrier of a block that has ended")
+            block.mbarrier(place & ((1 << RANK_SHIFT) - 1)).arrive(1, expect)
         w.machine.progress()
 
     def wait(w: Warp, m: np.ndarray | None) -> Any:
@@ -860,7 +917,7 @@ def _mbarrier(p: Program, s: Statement) -> Any:
         where, parity = {int(a) for a in at(w)[lanes]}, {int(v) & 1 for v in value(w)[lanes]}
         if len(where) != 1 or len(parity) != 1:
             raise PtxError("lanes of a warp wait for different mbarriers")
-        barrier, wanted = w.block.mbarrier(where.pop()), parity.pop()
+        barrier, wanted = w.block.mbarrier(_own(w, where.pop())), parity.pop()
         if barrier.phase & 1 == wanted:
             w.blocked = lambda: barrier.phase & 1 == wanted
             return STAY
@@ -898,7 +955,7 @@ def _copy(p: Program, s: Statement) -> Any:
 
             def arrive() -> None:
                 for place in places:
-                    w.block.mbarrier(place).arrive()
+                    w.block.mbarrier(_own(w, place)).arrive()
 
             w.copies.append([w.group, arrive, True])
 
@@ -915,8 +972,8 @@ def _copy(p: Program, s: Statement) -> Any:
 
                 def land(at: int = at, origin: int = origin, count: int = count, signal: int = signal) -> None:
                     steps = 16 * np.arange(count // 16)
-                    w.block.shared.store(at + steps, w.machine.memory.load(origin + steps, 16))
-                    w.block.mbarrier(signal).complete(count)
+                    w.block.shared.store(_own(w, at) + steps, w.machine.memory.load(origin + steps, 16))
+                    w.block.mbarrier(_own(w, signal)).complete(count)
 
                 w.machine.bulk.append(land)
 
@@ -942,10 +999,10 @@ def _copy(p: Program, s: Statement) -> Any:
                 for b in range(int(count)):
                     mine = sizes == count
                     rows[mine, b] = w.machine.memory.load(origin[mine] + b, 1)[:, 0]
-            w.block.shared.store(at, rows)
+            w.block.shared.store(_own(w, at), rows)
 
         def land_whole() -> None:
-            w.block.shared.store(at, w.machine.memory.load(origin, 16))
+            w.block.shared.store(_own(w, at), w.machine.memory.load(origin, 16))
 
         w.copies.append([w.group, land_whole if (sizes == 16).all() else land, False])
 
@@ -961,7 +1018,7 @@ def _ldmatrix(p: Program, s: Statement) -> Any:
     def load(w: Warp, m: np.ndarray | None) -> Any:
         if not _full(w, m):
             return "gather"
-        rows = w.block.shared.load(at(w)[: 8 * len(outs)], 16).view(np.uint16).reshape(len(outs), 8, 8)
+        rows = w.block.shared.load(_own(w, at(w)[: 8 * len(outs)]), 16).view(np.uint16).reshape(len(outs), 8, 8)
         for i, out in enumerate(outs):
             matrix = np.ascontiguousarray(rows[i].T if is_turned else rows[i])
             out(w, m, matrix.reshape(LANES, 2).view(np.uint32)[:, 0])
@@ -980,7 +1037,7 @@ def _stmatrix(p: Program, s: Statement) -> Any:
             return "gather"
         parts = [v(w)[:, None].view(np.uint16).reshape(8, 8) for v in values]
         rows = np.concatenate([part.T if is_turned else part for part in parts])
-        w.block.shared.store(at(w)[: 8 * len(values)], np.ascontiguousarray(rows).view(np.uint8))
+        w.block.shared.store(_own(w, at(w)[: 8 * len(values)]), np.ascontiguousarray(rows).view(np.uint8))
         return None
 
     return store
@@ -1016,6 +1073,9 @@ def _mma(p: Program, s: Statement) -> Any:
     return multiply
 
 
+SWIZZLED_BYTES = {1: 128, 2: 64, 3: 32}  # by a descriptor's swizzle: bytes of a row whose 16-byte chunks change places
+
+
 @functools.cache
 def _operand_places(descriptor_high: int, is_mn_major: bool, across: int) -> np.ndarray:
     """Byte offsets, before the swizzle, of the elements (across, 16 along k) of a wgmma operand; from bits 16 up."""
@@ -1023,9 +1083,10 @@ def _operand_places(descriptor_high: int, is_mn_major: bool, across: int) -> np.
     swizzle = descriptor_high >> 46
     i, k = np.meshgrid(np.arange(across), np.arange(16), indexing="ij")
     if is_mn_major:
-        if swizzle != 1:
-            raise PtxError("an operand contiguous along m or n without the 128-byte swizzle")
-        return i // 64 * leading + k // 8 * stride + k % 8 * 128 + i % 64 * 2
+        if swizzle not in SWIZZLED_BYTES:
+            raise PtxError("an operand contiguous along m or n without a swizzle")
+        row = SWIZZLED_BYTES[swizzle]
+        return i // (row // 2) * leading + k // 8 * stride + k % 8 * row + i % (row // 2) * 2
     if swizzle != 0:
         raise PtxError("an operand contiguous along k with a swizzle")
     return k // 8 * leading + i // 8 * stride + i % 8 * 16 + k % 8 * 2
@@ -1071,7 +1132,7 @@ def _wgmma(p: Program, s: Statement) -> Any:
     def fetch(w: Warp, descriptor: int, is_mn_major: bool, across: int, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         places = _operand_places(descriptor >> 16, is_mn_major, across)[rows] + ((descriptor & 0x3FFF) << 4)
         if is_mn_major:
-            places = places ^ (places >> 7 & 7) << 4
+            places = places ^ (places >> 7 & SWIZZLED_BYTES[descriptor >> 62] // 16 - 1) << 4
         bits = w.block.shared.load(places.reshape(-1), 2).view(np.uint16).reshape(places.shape)
         return places, bits
 

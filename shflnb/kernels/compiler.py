@@ -45,8 +45,8 @@ class Cubin:
 
 
 def arch_of(capability: tuple[int, int], kernel: str) -> str:
-    """Target of a kernel on a device: "sm_90a" for wgmma kernels, plain "sm_XY" for the portable ones."""
-    return f"sm_{capability[0]}{capability[1]}" + ("a" if kernel == "sm90" else "")
+    """Target of a kernel family on a device: "sm_90a" for the wgmma ones, plain "sm_XY" for the portable ones."""
+    return f"sm_{capability[0]}{capability[1]}" + ("a" if kernel.endswith("sm90") else "")
 
 
 def cache_dir() -> Path:

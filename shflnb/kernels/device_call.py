@@ -9,7 +9,8 @@ from .config import Config, ceil_div
 from .launch import device_context
 from .memo import FewColumnsMemo
 from .operands import ALIGNED, HAS_RESIDUAL, is_row_major
-from .skinny_plan import out_flags, run_skinny, x_flags
+from .skinny_config import stores_directly
+from .skinny_plan import SkinnyRoad, launch_skinny, skinny_plan, turn_of_out, turn_of_x
 from .spmm_plan import Plan, copy_spec, plan_for, transpose_spec
 from .views import DeviceView, current_stream, device_view, new_matrix
 
@@ -88,18 +89,35 @@ class Call:
 
 
 def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residual: Any, activation: str | None,
-            out_shape: tuple[int, ...]) -> FewColumnsMemo:  # fmt: skip
+            out_shape: tuple[int, ...]) -> FewColumnsMemo | None:  # fmt: skip
     """The product with few columns between checked operands.
 
     Each is (address, features, tokens, feature stride, token stride). The memo is for an x and a result of these
-    strides at aligned addresses, without residual.
+    strides at aligned addresses, without residual; None where x had to be copied.
     """
-    k = call.packed.shape[1]
-    added = (0, 0, 0) if residual is None else (residual[0], residual[4], residual[3])
-    plan = run_skinny(call, x[0], x[4], x[3], n, out[0], out[4], out[3], bias, added, activation)
-    flags = bias[1] | x_flags(0, x[4], x[3], n) | out_flags(0, out[4], out[3])
-    strides = (x[4], x[3], out[4], out[3], 0, 0, n | flags << 16 | k << 32, *plan.tail)
-    return FewColumnsMemo(call.context, plan.kernels, plan.head, strides, plan.work_bytes // 2, out_shape)
+    context, stream = call.context, call.stream_handle
+    m, k = call.packed.shape
+    plain = activation is None and not bias[0] and residual is None
+    plan = skinny_plan(call.packed, context, n, "plain" if plain else activation or "identity", stream)
+    address, _, _, feature_stride, token_stride = x
+    keep_x, turn_in, ldx = None, None, feature_stride
+    if (n > 1 and token_stride != 1) or address % 16 or feature_stride % 8 or not n <= feature_stride < 2**31:
+        ldx = ceil_div(n, 8) * 8
+        if feature_stride == 1 and k > 1:
+            turn_in = turn_of_x(context, n, k, address, token_stride, stream)
+        else:
+            target, ldx, keep_x = call.workspace(k, n)
+            call.copy((address, feature_stride, token_stride), (target, ldx, 1), k, n)
+            address = target
+    turn_out, ot, of = None, out[4], out[3]
+    if out[3] == 1 and m > 1 and n > 1 and not stores_directly(m, n):
+        turn_out, ot, of = turn_of_out(context, n, m, out[0], out[4], stream), 1, ceil_div(n, 8) * 8
+    rt, rf, flags = (0, 0, 0) if residual is None else (residual[4], residual[3], HAS_RESIDUAL)
+    road = SkinnyRoad(context, plan, turn_in, turn_out, n, k, m, ldx, ot, of, rt, rf, bias[1] | flags)
+    works = [new_matrix(1, values, call.like, call.packed.dtype) if values else None for values in road.work_values]
+    at = [0 if work is None else device_view(work, what="workspace").address for work in works]
+    launch_skinny(road, stream, address, out[0], (at[0], at[1]), bias[0], 0 if residual is None else residual[0])
+    return FewColumnsMemo(road, out_shape) if keep_x is None and residual is None else None
 
 
 def run(call: Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res_rows: Any, activation: str | None,

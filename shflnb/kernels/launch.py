@@ -28,7 +28,8 @@ class KernelSpec:
     key: str
     name: str
     family: str
-    """Which kernel it is: decides the target ("sm90" is assembled for sm_90a, the rest for the device's own sm_XY)."""
+    """Which kernel it is: decides the target ("sm90" and "skinny_sm90" are assembled for sm_90a, the rest
+    for the device's own sm_XY)."""
     make: Callable[[], Callable[..., Any]]
     arguments: int
     threads: int

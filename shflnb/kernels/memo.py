@@ -13,6 +13,7 @@ from typing import Any
 
 from ..formats.shflbw import ShflBWMatrix
 from .launch import DeviceContext, LoadedKernel
+from .skinny_plan import SkinnyRoad, launch_skinny
 from .views import torch_stream
 
 __all__ = ["FewColumnsMemo", "LinearMemo", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul"]
@@ -58,15 +59,9 @@ class LinearMemo:
 
 @dataclass(frozen=True)
 class FewColumnsMemo:
-    """A product with few columns, in either layout, to a new result: one kernel, or two."""
+    """A product with few columns, in either layout, to a new result."""
 
-    context: DeviceContext
-    kernels: tuple[tuple[LoadedKernel, Any], ...]
-    head: tuple[int, ...]
-    strides: tuple[int, ...]
-    """Token and feature strides of x, out and residual, then the two sizes and the words of a team's table."""
-    work_values: int
-    """16-bit values of the workspace; most plans need none."""
+    road: SkinnyRoad
     out_shape: tuple[int, ...]
 
 
@@ -95,13 +90,14 @@ def quick_matmul(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None
 
 
 def _quick_few(memo: FewColumnsMemo, x: Any, address: int, bias: Any) -> Any:
+    road = memo.road
     out = x.new_empty(memo.out_shape)
-    work = x.new_empty(memo.work_values) if memo.work_values else None
-    work_at, bias_at = 0 if work is None else work.data_ptr(), 0 if bias is None else bias.data_ptr()
-    stream = torch_stream(memo.context.ordinal)
-    for kernel, launch_config in memo.kernels:
-        memo.context.launch(stream, launch_config, kernel, *memo.head, address, out.data_ptr(), bias_at, 0, work_at,
-                            *memo.strides)  # fmt: skip
+    turned, product = road.work_values
+    first = x.new_empty(turned) if turned else None
+    second = x.new_empty(product) if product else None
+    work = 0 if first is None else first.data_ptr(), 0 if second is None else second.data_ptr()
+    launch_skinny(road, torch_stream(road.context.ordinal), address, out.data_ptr(), work,
+                  0 if bias is None else bias.data_ptr(), 0)  # fmt: skip
     return out
 
 

@@ -132,15 +132,11 @@ ld_global_nc_u32 = instruction(
     "Load 4 bytes of read-only data.", "ld.global.nc.u32 $0, [$1];", (u64,), "=r,l", u32)  # fmt: skip
 ld_global_nc_f32 = instruction(
     "Load a float32 of read-only data.", "ld.global.nc.f32 $0, [$1];", (u64,), "=f,l", f32)  # fmt: skip
+ld_global_nc_v2 = instruction(
+    "Load 8 bytes of read-only data.", "ld.global.nc.v2.u32 {$0,$1}, [$2];", (u64,), "=r,=r,l",
+    types.UniTuple(u32, 2))  # fmt: skip
 ld_global_nc_v4 = instruction(
     "Load 16 bytes of read-only data.", "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", (u64,), "=r,=r,=r,=r,l",
-    types.UniTuple(u32, 4))  # fmt: skip
-ld_global_nc_stream_v4 = instruction(
-    "Load 16 bytes of read-only data that are used once.",
-    "ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {$0,$1,$2,$3}, [$4];", (u64,), "=r,=r,=r,=r,l",
-    types.UniTuple(u32, 4))  # fmt: skip
-ld_global_v4 = instruction(
-    "Load 16 bytes.", "ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", (u64,), "=r,=r,=r,=r,l,~{memory}",
     types.UniTuple(u32, 4))  # fmt: skip
 st_global_v4 = instruction(
     "Store 16 bytes.", "st.global.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}"
@@ -153,30 +149,19 @@ st_global_stream_v4 = instruction(
     "st.global.cs.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}")  # fmt: skip
 st_global_u16 = instruction("Store 2 bytes.", "st.global.u16 [$0], $1;", (u64, types.uint16), "l,h,~{memory}")
 st_global_f32 = instruction("Store a float32.", "st.global.f32 [$0], $1;", (u64, f32), "l,f,~{memory}")
-ld_shared_u16 = instruction("Load 2 bytes.", "ld.shared.u16 $0, [$1];", (u32,), "=h,r,~{memory}", types.uint16)
-ld_shared_u32 = instruction("Load 4 bytes.", "ld.shared.u32 $0, [$1];", (u32,), "=r,r,~{memory}", u32)
 ld_shared_v4 = instruction(
     "Load 16 bytes.", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,), "=r,=r,=r,=r,r,~{memory}",
     types.UniTuple(u32, 4))  # fmt: skip
-st_shared_u16 = instruction("Store 2 bytes.", "st.shared.u16 [$0], $1;", (u32, types.uint16), "r,h,~{memory}")
 st_shared_u32 = instruction("Store 4 bytes.", "st.shared.u32 [$0], $1;", (u32, u32), "r,r,~{memory}")
 st_shared_v4 = instruction(
     "Store 16 bytes.", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", (u32, u32, u32, u32, u32), "r,r,r,r,r,~{memory}"
 )
 
 # --- matrix loads and stores (PTX ISA 9.7.14.5.15, .16) --------------------------------------------------------------
-ldmatrix_x4 = instruction(
-    "Load four 8x8 b16 matrices; lane l gives row l % 8 of matrix l // 8 and holds row l // 4, columns 2(l % 4), +1.",
-    "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];", (u32,), "=r,=r,=r,=r,r,~{memory}",
-    types.UniTuple(u32, 4))  # fmt: skip
 ldmatrix_x4_trans = instruction(
-    "Load four 8x8 b16 matrices transposed; rows as in `ldmatrix_x4`.",
+    "Load four 8x8 b16 matrices transposed; lanes 8i..8i+7 name the rows of matrix i.",
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];", (u32,), "=r,=r,=r,=r,r,~{memory}",
     types.UniTuple(u32, 4))  # fmt: skip
-ldmatrix_x2_trans = instruction(
-    "Load two 8x8 b16 matrices transposed; lanes 0..15 give the rows.",
-    "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {$0,$1}, [$2];", (u32,), "=r,=r,r,~{memory}",
-    types.UniTuple(u32, 2))  # fmt: skip
 stmatrix_x4 = instruction(
     "Store four 8x8 b16 matrices; lane l gives the address of row l % 8 of matrix l // 8 (sm_90).",
     "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1,$2,$3,$4};", (u32, u32, u32, u32, u32),

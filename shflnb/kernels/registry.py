@@ -6,14 +6,13 @@ A new kernel family adds one function to `FAMILIES`; what a family lists here is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
-from .config import EPILOGUES, smem_limit
+from .config import EPILOGUES
 from .launch import KernelSpec
 from .select import candidates
-from .skinny_choice import RECORDS_IN_FLIGHT_KB, SkinnyConfig, warps_of
+from .skinny_config import config_of
 from .skinny_plan import kernel_spec as skinny_spec
-from .skinny_plan import sum_spec
+from .skinny_plan import turn_spec
 from .spmm_plan import copy_spec, kernel_spec, transpose_spec
 
 __all__ = ["FAMILIES", "TARGETS", "all_specs", "capability_of"]
@@ -44,28 +43,18 @@ def _moves(arch: str) -> Iterator[KernelSpec]:
 
 
 def _few_columns(arch: str) -> Iterator[KernelSpec]:
-    """What `skinny_plan.choose_config` takes, at the depth it starts from."""
-    if arch.endswith("a"):
+    """What `skinny_config.choose_config` takes on an H200, and the other numbers of ranks."""
+    if arch == "sm_90":
+        yield turn_spec()
+    if arch != "sm_90a":
         return
-    capability = capability_of(arch)
-    has_clusters = capability[0] >= 9
     for v in (16, 32, 64, 128):
-        warps = warps_of(v)
-        for chunks in (1, 2, 4, 8):
-            places = ("window", "shared", "global")
-            pairs = [("block", slots) for slots in places]
-            pairs += [("cluster", slots) for slots in places] if has_clusters else [("none", "global")]
-            for finish, slots in pairs:
-                for dtype in ("float16", "bfloat16"):
-                    for epilogue in EPILOGUES:
-                        shallow = SkinnyConfig(
-                            v, chunks, warps, 2, finish, slots, dtype, epilogue, is_chained=has_clusters
-                        )
-                        depth = 1 + RECORDS_IN_FLIGHT_KB * 1024 // (warps * shallow.record_bytes)
-                        config = replace(shallow, depth=max(3, min(9, depth)))
-                        yield skinny_spec(config, smem_limit(capability))
-                        if finish == "none":
-                            yield sum_spec(config)
+        for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
+            for tokens in (16, 32, 64):
+                for blocks in (1,) if v == 128 else (2, 1) if tokens == 64 else (2,):
+                    for dtype in ("float16", "bfloat16"):
+                        config = config_of(v, tokens, ranks, dtype, blocks)
+                        yield from (skinny_spec(config.with_epilogue(epilogue)) for epilogue in EPILOGUES)
 
 
 FAMILIES: tuple[Callable[[str], Iterator[KernelSpec]], ...] = (_products, _few_columns, _moves)

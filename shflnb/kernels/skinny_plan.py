@@ -1,204 +1,145 @@
-"""The few-column product on a device: weights in their layout, launch records, launches."""
+"""The few-column product on Hopper: how its kernels are built, launch records, and what a call launches."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..formats.shflbw import ShflBWMatrix
-from ..formats.skinny_layout import SkinnyLayout, to_skinny
+from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
-from .skinny_choice import PAIR_BYTES, SkinnyConfig, SkinnySplit, choose_config, choose_split, chunks_of, warps_of
+from .skinny_config import TILE_K, SkinnyConfig, choose_config, room_for
+from .skinny_turn import PAIRS, TURN_THREADS
+from .spmm_plan import DeviceWeights, device_queue, device_weights, keep, transpose_spec
 
-__all__ = ["SkinnyPlan", "SkinnyWeights", "arrays_of", "kernel_spec", "make_plan", "out_flags", "run_skinny",
-           "skinny_plan", "skinny_weights", "split_for", "sum_spec", "teams_of_ranks", "x_flags"]  # fmt: skip
+__all__ = ["SkinnyPlan", "SkinnyRoad", "kernel_spec", "launch_skinny", "skinny_plan", "turn_of_out", "turn_of_x",
+           "turn_spec"]  # fmt: skip
 
-ARGUMENTS = 19
-HAS_RESIDUAL, TOKEN_CHUNKS, FEATURE_CHUNKS, OUT_PAIRS = (
-    8,
-    16,
-    32,
-    64,
-)  # bits of the kernels' flags, as in epilogue.py and skinny_mma.py
-_TEAMS: dict[tuple[int, int], dict[int, int]] = {}
-_LOCK = threading.RLock()
-
-
-@dataclass(frozen=True)
-class SkinnyWeights:
-    """A packed matrix in the few-column layout on a device; of the layout's arrays only the host's tables are kept."""
-
-    memory: DeviceMemory
-    layout: SkinnyLayout
+ARGUMENTS = 15
 
 
 @dataclass(frozen=True)
 class SkinnyPlan:
-    """Everything about a launch that does not change from call to call."""
+    """Everything about a product that does not depend on the arrays."""
 
     config: SkinnyConfig
-    weights: SkinnyWeights
-    kernels: tuple[tuple[LoadedKernel, Any], ...]
-    """Kernels and their launch configurations, in order."""
-    head: tuple[int, ...]
-    tail: tuple[int, int]
-    """The last two arguments: sizes of the layout."""
-    work_bytes: int
+    kernel: LoadedKernel
+    launch_config: Any
+    weights: DeviceWeights
+    queue: DeviceMemory
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        """Addresses of values, columns, queue and rows."""
+        values, columns, rows = self.weights.memory.addresses
+        return values, columns, self.queue.addresses[0], rows
 
 
-def kernel_spec(config: SkinnyConfig, smem_limit: int) -> KernelSpec:
+@dataclass(frozen=True)
+class SkinnyRoad:
+    """What a call launches, but for addresses: the turn of x, the product, the turn of its result."""
+
+    context: DeviceContext
+    plan: SkinnyPlan
+    turn_in: tuple[LoadedKernel, Any, int, int] | None
+    """Kernel, its launch configuration, the token stride of x and flags; None where x is feature-major."""
+    turn_out: tuple[LoadedKernel, Any, int, int, int] | None
+    """Kernel, its launch configuration, the token stride of out, columns of tiles and flags; None where the product
+    stores to out itself."""
+    n: int
+    k: int
+    m: int
+    ldx: int
+    """Distance of the rows of x, or of the x that was turned."""
+    ot: int
+    of: int
+    """Token and feature stride of what the product stores to."""
+    rt: int
+    rf: int
+    flags: int
+
+    @property
+    def work_values(self) -> tuple[int, int]:
+        """16-bit values of the two workspaces: x turned, the result before it is turned."""
+        return self.k * self.ldx if self.turn_in else 0, self.m * self.of if self.turn_out else 0
+
+
+def kernel_spec(config: SkinnyConfig) -> KernelSpec:
     """How to build the kernel of a config."""
 
     def make() -> Any:
-        from .skinny_mma import make_skinny
+        from .skinny_wgmma import make_skinny_wgmma
 
-        return make_skinny(config)
+        return make_skinny_wgmma(config)
 
-    blocks = config.blocks_per_sm if smem_limit >= PAIR_BYTES else 1
-    return KernelSpec(repr(config), config.name, "skinny", make, ARGUMENTS, config.threads, smem_limit, blocks)
-
-
-def sum_spec(config: SkinnyConfig) -> KernelSpec:
-    """How to build the second kernel of finish="none"."""
-
-    def make() -> Any:
-        from .skinny_sum import make_skinny_sum
-
-        return make_skinny_sum(config)
-
-    return KernelSpec(repr(config) + " sum", config.name + "_sum", "skinny", make, ARGUMENTS, config.threads)
+    return KernelSpec(repr(config), config.name, "skinny_sm90", make, ARGUMENTS, config.threads, config.smem_bytes,
+                      config.blocks_per_sm)  # fmt: skip
 
 
-def teams_of_ranks(context: DeviceContext, v: int, stream: int) -> dict[int, int]:
-    """How many teams of 1, 2, 4 and 8 blocks run at once on a device."""
-    if context.capability[0] < 9:
-        return {ranks: context.sm_count // ranks for ranks in (1, 2, 4, 8)}
-    key = (context.ordinal, warps_of(v))
-    found = _TEAMS.get(key)
-    if found is None:
-        spec = kernel_spec(SkinnyConfig(min(v, 64), 1, warps_of(v), 5), context.smem_limit)
-        kernel = context.kernel(spec, stream)
-        with context.current():
-            found = {1: context.sm_count} | {ranks: kernel.max_clusters(ranks) for ranks in (2, 4, 8)}
-        found = _TEAMS[key] = {ranks: teams for ranks, teams in found.items() if teams > 0}
-    return found
+def turn_spec() -> KernelSpec:
+    """How to build the kernel that turns x."""
+    from .skinny_turn import make_turn_in
 
-
-def skinny_weights(packed: ShflBWMatrix, context: DeviceContext, stream: int, split: SkinnySplit) -> SkinnyWeights:
-    """The layout of a packed matrix on a device; uploaded at the first call."""
-    key = ("skinny weights", context.ordinal, split)
-    found: SkinnyWeights | None = packed.launch_cache.get(key)
-    if found is None:
-        context.refuse_capture(stream, "upload the packed weights")
-        with _LOCK:
-            found = packed.launch_cache.get(key)
-            if found is None:
-                layout = to_skinny(packed, split.teams, split.ranks, split.warps, split.window)
-                with context.current():
-                    memory = DeviceMemory(context, arrays_of(layout))
-                found = SkinnyWeights(memory, replace(layout, records=layout.records[:0]))
-                packed.launch_cache[key] = found
-    return found
-
-
-def arrays_of(layout: SkinnyLayout) -> list[np.ndarray]:
-    """What goes to the device, in the order `make_plan` expects."""
-    return [layout.records, layout.warps, layout.windows[1], layout.windows[0], layout.team_table, layout.rows]
-
-
-def split_for(packed: ShflBWMatrix, context: DeviceContext, n: int, stream: int) -> SkinnySplit:
-    """The split for n columns of a packed matrix on a device."""
-    teams = teams_of_ranks(context, packed.v, stream)
-    return choose_split(-(-packed.counts // 16), packed.shape[1], packed.v, teams, context.smem_limit, chunks_of(n))
+    return KernelSpec("shflnb_skinny_turn", "shflnb_skinny_turn", "turn", make_turn_in, 7, TURN_THREADS)
 
 
 def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int) -> SkinnyPlan:
-    """The launch record for n columns; one for every 8, 16, 32 or 64."""
-    key = ("skinny plan", context.ordinal, chunks_of(n), epilogue)
+    """The launch record for n columns; built at the first call with as many, in units of 16, then found again.
+
+    Raises `CaptureError` when it would have to compile or upload while `stream` is captured.
+    """
+    key = ("skinny plan", context.ordinal, room_for(n), epilogue)
     plan: SkinnyPlan | None = packed.launch_cache.get(key)
     if plan is None:
-        weights = skinny_weights(packed, context, stream, split_for(packed, context, n, stream))
-        finish = "block" if weights.layout.ranks == 1 else "cluster" if context.has_chaining else "none"
-        config, is_merged = choose_config(
-            weights.layout, n, packed.dtype, context.smem_limit, finish, context.has_chaining
-        )
-        plan = make_plan(weights, context, config.with_epilogue(epilogue), is_merged, stream)
-        packed.launch_cache[key] = plan
+        weights = device_weights(packed, context, "sm90", TILE_K, stream)
+        tiles = int(weights.counts.sum())
+        config = choose_config(packed.block[0], n, len(weights.counts), tiles, packed.dtype, context.sm_count)
+        config = config.with_epilogue(epilogue)
+        kernel = context.kernel(kernel_spec(config), stream)
+        if config.ranks == 1:
+            clusters = context.sm_count * config.blocks_per_sm
+        else:
+            with context.current():
+                clusters = kernel.max_clusters(config.ranks)
+        clusters = min(clusters, len(weights.counts))
+        queue = device_queue(packed, context, weights, (1, clusters, 1), stream)
+        launch_config = kernel.config(clusters, cluster=config.ranks, is_chained=True)
+        plan = SkinnyPlan(config, kernel, launch_config, weights, queue)
+        keep(packed, key, plan)
     return plan
 
 
-def make_plan(
-    weights: SkinnyWeights, context: DeviceContext, config: SkinnyConfig, is_merged: bool, stream: int
-) -> SkinnyPlan:
-    """The launch record of a config."""
-    layout = weights.layout
-    kernel = context.kernel(kernel_spec(config, context.smem_limit), stream)
-    rows, blocks, words = layout.window_rows(is_merged), layout.teams * layout.ranks, layout.team_table.shape[1]
-    size = config.smem_bytes(rows, layout.slots, words)
-    cluster = layout.ranks if config.finish == "cluster" else 1
-    kernels = [
-        (kernel, kernel.config(blocks // cluster, cluster=cluster, smem_bytes=size, is_chained=config.is_chained))
-    ]
-    if config.finish == "none":
-        second = context.kernel(sum_spec(config), stream)
-        kernels.append((second, second.config(blocks, smem_bytes=4 * words)))
-    records, warps, merged, phased, *rest = weights.memory.addresses
-    head = (records, warps, merged if is_merged else phased, *rest)
-    shape = layout.ranks | layout.phases << 16 | config.place_rows(rows) << 32 | layout.slots << 48
-    work = blocks * layout.slots * config.slot_bytes if config.slots == "global" else 0
-    return SkinnyPlan(config, weights, tuple(kernels), head, (shape, words), work)
+def turn_of_x(context: DeviceContext, n: int, k: int, address: int, token_stride: int, stream: int) -> Any:
+    """`SkinnyRoad.turn_in` for token-major x."""
+    kernel = context.kernel(turn_spec(), stream)
+    units = ceil_div(k, 2) * ceil_div(n, 8)
+    blocks = min(2 * context.sm_count, ceil_div(units, TURN_THREADS))
+    pairs = PAIRS if address % 4 == 0 and (n == 1 or token_stride % 2 == 0) else 0
+    return kernel, kernel.config(blocks, is_chained=True), token_stride, pairs
 
 
-def x_flags(address: int, token_stride: int, feature_stride: int, n: int) -> int:
-    """How x may be read 16 bytes at a time, as bits of the kernel's flags."""
-    if address % 16:
-        return 0
-    if feature_stride == 1 and (n == 1 or token_stride % 8 == 0):
-        return TOKEN_CHUNKS
-    if token_stride == 1 and feature_stride % 8 == 0:
-        return FEATURE_CHUNKS
-    return 0
+def turn_of_out(context: DeviceContext, n: int, m: int, address: int, token_stride: int, stream: int) -> Any:
+    """`SkinnyRoad.turn_out` for a token-major result."""
+    kernel = context.kernel(transpose_spec(context.has_chaining), stream)
+    tiles = ceil_div(m, 64)
+    aligned = address % 16 == 0 and token_stride % 8 == 0
+    launch_config = kernel.config(tiles * ceil_div(n, 64), is_chained=context.has_chaining)
+    return kernel, launch_config, token_stride, tiles, 1 | aligned << 1 | 12
 
 
-def out_flags(address: int, token_stride: int, feature_stride: int) -> int:
-    """How two neighbouring tokens of out may be stored at once, as bits of the kernel's flags."""
-    return OUT_PAIRS if token_stride == 1 and feature_stride % 2 == 0 and address % 4 == 0 else 0
-
-
-def run_skinny(
-    call: Any,
-    x_address: int,
-    token_stride: int,
-    feature_stride: int,
-    n: int,
-    out_address: int,
-    out_token_stride: int,
-    out_feature_stride: int,
-    bias: tuple[int, int] = (0, 0),
-    residual: tuple[int, int, int] = (0, 0, 0),
-    activation: str | None = None,
-) -> SkinnyPlan:
-    """out[t, f] = activation(sum_c W[f, c] x[t, c] + bias[f]) + residual[t, f] for n <= 64 tokens; strides in values.
-
-    `call` has `packed`, `context`, `stream_handle` and `workspace`; bias is (address, flags), residual (address,
-    token stride, feature stride). No alignment is needed; 16-byte aligned x is read faster.
-    """
-    plain = activation is None and not bias[0] and not residual[0]
-    plan = skinny_plan(call.packed, call.context, n, "plain" if plain else activation or "identity", call.stream_handle)
-    flags = bias[1] | (HAS_RESIDUAL if residual[0] else 0)
-    flags |= x_flags(x_address, token_stride, feature_stride, n) | out_flags(
-        out_address, out_token_stride, out_feature_stride
-    )
-    work, owner = 0, None
-    if plan.work_bytes:
-        work, _, owner = call.workspace(1, plan.work_bytes // 2)
-    sizes = n | flags << 16 | call.packed.shape[1] << 32
-    for kernel, launch_config in plan.kernels:
-        call.context.launch(call.stream_handle, launch_config, kernel, *plan.head, x_address, out_address, bias[0],
-                            residual[0], work, token_stride, feature_stride, out_token_stride, out_feature_stride,
-                            residual[1], residual[2], sizes, *plan.tail)  # fmt: skip
-    del owner
-    return plan
+def launch_skinny(
+    road: SkinnyRoad, stream: int, x: int, out: int, work: tuple[int, int], bias: int, residual: int
+) -> None:
+    """Enqueue what a call launches; all but the road are addresses, `work` those of its workspaces (0 for none)."""
+    launch = road.context.launch
+    n, k, m = road.n, road.k, road.m
+    if road.turn_in is not None:
+        kernel, launch_config, token_stride, flags = road.turn_in
+        launch(stream, launch_config, kernel, x, token_stride, work[0], road.ldx, n, k, flags)
+        x = work[0]
+    plan, to = road.plan, work[1] if road.turn_out is not None else out
+    launch(stream, plan.launch_config, plan.kernel, *plan.head, x, to, bias, residual, n, road.ldx, road.ot, road.of,
+           road.rt, road.rf, road.flags)  # fmt: skip
+    if road.turn_out is not None:
+        turn, turn_config, token_stride, tiles, flags = road.turn_out
+        launch(stream, turn_config, turn, to, road.of, out, token_stride, m, n, tiles, flags)

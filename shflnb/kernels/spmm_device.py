@@ -89,9 +89,9 @@ def device_matmul(
     if m == 0 or n == 0:
         return result
     call = Call(packed, x, view)
-    if config is None and has_few_columns(n):
+    if config is None and has_few_columns(n, call.context.capability):
         few = run_few(call, rows, out_rows, n, bias_at, res_rows, activation, out_shape)
-        if quick:
+        if quick and few is not None:
             keep(packed, memo_key("matmul", x, bias, activation), few)
         return result
     keep_x, ldx = run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
@@ -180,7 +180,7 @@ def _enqueue_linear(call: Call, x: Any, out: Any, bias: tuple[int, int], res: An
     Operands are (address, tokens, features, token stride, feature stride).
     """
     n = x[1]
-    if config is None and has_few_columns(n):
+    if config is None and has_few_columns(n, call.context.capability):
         return run_few(call, turned(x), turned(out), n, bias, turned(res), activation, out_shape)
     run_linear(call, x, out, bias, res, activation, config)
     m, k = call.packed.shape

@@ -9,8 +9,9 @@ from typing import Any
 from ..errors import ArgumentError, DeviceError, ShflnbError
 from ..formats.shflbw import ShflBWMatrix
 from ..kernels.config import Config, ceil_div, smem_limit
-from ..kernels.select import LAUNCH_US, Choice, choose, has_few_columns, roof_us
-from ..kernels.skinny_choice import MEMORY_KB_PER_US, forecast
+from ..kernels.select import Choice, choose, has_few_columns, roof_us
+from ..kernels.skinny_config import MAX_N, TILE_K, choose_config, memory_us
+from ..kernels.skinny_config import predict_us as predict_few_us
 from ..machine import cpu_name, find_cuda
 
 __all__ = ["GPUS", "Explanation", "explain"]
@@ -91,7 +92,7 @@ class Explanation:
 KERNELS = {
     "sm90": "wgmma with producer warps and persistent blocks (spmm_sm90)",
     "sm80": "mma.sync, each block one tile (spmm_sm80)",
-    "skinny": "mma.sync, weights streamed once through private rings (skinny_mma)",
+    "skinny": "wgmma, weights streamed once, x stitched beside them (skinny_wgmma)",
 }
 
 
@@ -161,7 +162,7 @@ def _explain(
     from ..kernels.spmm_plan import problem_of
 
     problem = problem_of(half, n)
-    if has_few_columns(n):
+    if has_few_columns(n, capability):
         return _few_columns(half, packed, n, name, capability, sm_count, ordinal)
     table = {**remembered.load(name), **half.launch_cache.get("tuned", {})}
     choice = choose(problem, capability, sm_count, name, table)
@@ -190,15 +191,19 @@ def _few_columns(
 ) -> Explanation:
     """The kernel for few columns reads the packed bytes once: device memory is its roof."""
     m, k = half.shape
-    steps = -(-half.counts // 16)
-    split, config, smem_bytes, us = forecast(steps, k, half.v, n, half.dtype, capability, sm_count)
-    roof = half.values.nbytes / 1024 / (MEMORY_KB_PER_US * sm_count)
+    groups, tiles = half.groups, int((-(-half.counts // TILE_K)).sum())
+    config = choose_config(half.v, n, groups, tiles, half.dtype, sm_count)
+    registers, resident = (None, config.blocks_per_sm) if ordinal is None else _ask(config, ordinal, is_few=True)
+    nbytes = half.values.nbytes
+    shared = "" if config.ranks == 1 else f", {config.ranks} blocks to a group"
     return Explanation(
         m=m, k=k, n=n, v=half.v, dtype=half.dtype, density=packed.density, device=name, is_here=ordinal is not None,
         kernel=KERNELS["skinny"], config=config.name,
-        reason=f"few columns: weights read once by {split.teams} teams of {split.ranks} blocks", threads=config.threads,
-        smem_bytes=smem_bytes, registers=None, blocks_per_sm=1, blocks=split.teams * split.ranks,
-        predicted_us=LAUNCH_US + us, roof_us=roof, roof="device memory", cpu=_cpu(packed, n),
+        reason=f"up to {MAX_N} columns: the bytes of the weights are the cost{shared}", threads=config.threads,
+        smem_bytes=config.smem_bytes, registers=registers, blocks_per_sm=resident,
+        blocks=config.ranks * min(groups, sm_count * config.blocks_per_sm // config.ranks),
+        predicted_us=predict_few_us(nbytes, sm_count), roof_us=memory_us(nbytes, sm_count), roof="device memory",
+        cpu=_cpu(packed, n),
     )  # fmt: skip
 
 
@@ -216,13 +221,13 @@ def _resident(config: Config, capability: tuple[int, int]) -> int:
     return max(1, min(config.blocks_per_sm, by_smem, 1536 // config.threads))
 
 
-def _ask(config: Config, ordinal: int) -> tuple[int, int]:
+def _ask(config: Any, ordinal: int, *, is_few: bool = False) -> tuple[int, int]:
     """Registers a thread and blocks on a multiprocessor, from the driver."""
+    from ..kernels import skinny_plan, spmm_plan
     from ..kernels.launch import device_context
-    from ..kernels.spmm_plan import kernel_spec
 
     context = device_context(ordinal)
-    loaded = context.kernel(kernel_spec(config), 0)
+    loaded = context.kernel((skinny_plan if is_few else spmm_plan).kernel_spec(config), 0)
     with context.current():
         resident = loaded.kernel.occupancy.max_active_blocks_per_multiprocessor(config.threads, config.smem_bytes)
     return loaded.registers, int(resident)

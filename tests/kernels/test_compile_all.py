@@ -83,9 +83,8 @@ def inspect(arch: str, key: str) -> Inspection:
 
 # --- what is built ---------------------------------------------------------------------------------------------------
 def tiling_of(spec: KernelSpec) -> str:
-    """The kernel's name without dtype and epilogue; of the few-column kernels, also without depth and place of sums."""
-    name = re.sub(r"_(bf16|f16|plain|identity|relu|gelu|silu)(?=_|$)", "", spec.name)
-    return re.sub(r"_(window|shared|global|d\d)(?=_)", "", name) if spec.family == "skinny" else name
+    """The kernel's name without dtype and epilogue."""
+    return re.sub(r"_(bf16|f16|plain|identity|relu|gelu|silu)(?=_|$)", "", spec.name)
 
 
 @functools.cache
@@ -94,18 +93,11 @@ def architectures_of(tiling: str) -> tuple[str, ...]:
 
 
 def chosen(arch: str) -> Iterator[str]:
-    """Keys of the default run: of each tiling one variant, another one on each architecture; two for sm_90a.
-
-    The few-column kernels have five times as many tilings: each of them on one architecture.
-    """
+    """Keys of the default run: of each tiling one variant, another one on each architecture; two for sm_90a."""
     by_tiling: dict[str, list[str]] = {}
     for spec in specs_of(arch).values():
         by_tiling.setdefault(tiling_of(spec), []).append(spec.key)
-    for place, (tiling, variants) in enumerate(by_tiling.items()):
-        if "skinny" in tiling:
-            homes = architectures_of(tiling)
-            if homes[sum(tiling.encode()) % len(homes)] != arch:
-                continue
+    for place, variants in enumerate(by_tiling.values()):
         turn = place + 3 * TARGETS.index(arch)
         picks = {turn % len(variants)}
         if arch == "sm_90a":
@@ -139,7 +131,8 @@ EXPECTED = {
     # family: (instructions that must be there, instructions that must not)
     "sm90": ({"HGMMA", "LDGSTS", "UBLKCP", "STSM", "SYNCS"}, {"HMMA"}),
     "sm80": ({"HMMA", "LDGSTS", "LDSM"}, {"HGMMA"}),
-    "skinny": ({"HMMA", "LDSM"}, {"HGMMA"}),
+    "skinny_sm90": ({"HGMMA", "LDGSTS", "UBLKCP", "SYNCS", "ACQBULK"}, {"HMMA"}),
+    "turn": ({"LDG", "STG"}, {"LDS", "STS"}),
     "transpose": ({"LDSM"}, {"HMMA"}),
     "copy": ({"LDG", "STG"}, {"LDS", "HMMA"}),
 }
@@ -207,7 +200,7 @@ def test_every_candidate_is_listed_and_built() -> None:
         assert wanted <= set(specs_of(arch))
         tilings = {tiling_of(spec) for spec in specs_of(arch).values()}
         built_here = {tiling_of(specs_of(a)[key]) for a, key in DEFAULT if a == arch}
-        assert {tiling for tiling in tilings - built_here if "skinny" not in tiling} == set()
+        assert tilings == built_here
     assert {tiling_of(specs_of(arch)[key]) for arch, key in DEFAULT} == {
         tiling_of(spec) for arch in TARGETS for spec in specs_of(arch).values()
     }

@@ -16,22 +16,14 @@ pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)"
 from emulated import EmulatedArray, EmulatedDevice, install, turned
 from gpu_cases import DTYPES, random_packed
 
-from shflnb.formats.skinny_layout import to_skinny
-from shflnb.kernels import device_call, select, skinny_plan
+from shflnb.kernels import skinny_plan
 from shflnb.kernels.config import Config
-from shflnb.kernels.launch import DeviceMemory
 from shflnb.kernels.select import candidates
-from shflnb.kernels.skinny_choice import SkinnyConfig
-from shflnb.kernels.skinny_plan import SkinnyWeights, arrays_of, make_plan
+from shflnb.kernels.skinny_config import config_of as few_config
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 from shflnb.reference import judge
 
 HOPPER, AMPERE = (9, 0), (8, 0)
-
-
-@pytest.fixture
-def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "FEW_COLUMNS", 64)
 
 
 def config_of(kernel: str, v: int, tile_n: int, dtype: str = "float16") -> Config:
@@ -117,69 +109,59 @@ def test_linear_by_transposes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- few columns -----------------------------------------------------------------------------------------------------
 FEW = [
-    # v, n, m, k, multiprocessors, capability, how the sums of a team come together
-    (64, 1, 64 * 3, 1200, 16, HOPPER, "cluster"),
-    (64, 13, 69, 77, 3, HOPPER, "block"),
-    (16, 8, 48, 1200, 16, HOPPER, "cluster"),
-    (32, 20, 101, 203, 5, HOPPER, "block"),
-    (128, 64, 133, 777, 4, HOPPER, "block"),
-    (64, 20, 128, 1200, 16, HOPPER, "cluster"),
-    (64, 5, 200, 900, 12, AMPERE, "none"),
+    # v, n, m, k, multiprocessors, ranks
+    (64, 1, 64 * 3, 700, 4, 2),
+    (64, 13, 69, 77, 1, 1),
+    (16, 8, 48, 500, 16, 2),
+    (32, 20, 101, 203, 2, 1),
+    (32, 33, 101, 403, 9, 4),
+    (128, 64, 133, 777, 4, 1),
+    (128, 3, 133, 777, 16, 4),
+    (64, 20, 128, 600, 12, 8),
+    (64, 64, 200, 900, 2, 1),
 ]
 
 
-@pytest.mark.usefixtures("few_columns")
-@pytest.mark.parametrize(("v", "n", "m", "k", "sms", "capability", "finish"), FEW)
-def test_few_columns(
-    v: int, n: int, m: int, k: int, sms: int, capability: tuple[int, int], finish: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("v", "n", "m", "k", "sms", "ranks"), FEW)
+def test_few_columns(v: int, n: int, m: int, k: int, sms: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both calls on both layouts, unequal and empty groups; every bit the same for another order of events."""
     packed = random_packed(m, k, v, seed=n, integers=True)
     x = integers(np.random.default_rng(n), (k, n), "float16")
     want = product(packed, x)
     for seed in range(2):
-        device = install(monkeypatch, EmulatedDevice(seed, capability=capability, sm_count=sms))
+        device = install(monkeypatch, EmulatedDevice(seed, sm_count=sms))
         packed.launch_cache.clear()
         feature, token = device.array(x), device.array(np.ascontiguousarray(x.T), pitch=k + 5)
         for given in (feature, turned(token))[: 2 - seed]:
             assert (device.read(device_matmul(packed, given)).astype(np.float64) == want).all()
         y = device.read(device_linear(token, packed))
         assert (y.T.astype(np.float64) == want).all()
-        assert all(finish in name for name in device.launched), device.launched
+        assert any(f"_r{ranks}_" in name for name in device.launched), device.launched
         assert device.machine.memory.unwritten_reads == 0
 
 
-FORCED = [
-    # kernel, (teams, ranks, warps, rows of a window), window loaded at once
-    (SkinnyConfig(64, 1, 8, 5, "cluster", "shared", is_chained=True), (1, 2, 8, 512), False),
-    (SkinnyConfig(64, 2, 8, 5, "block", "window", "bfloat16", is_chained=True), (3, 1, 8, 256), False),
-    (SkinnyConfig(32, 4, 10, 4, "cluster", "global", "float16", "identity"), (1, 4, 10, 192), False),
-    (SkinnyConfig(16, 1, 10, 3, "block", "global"), (1, 1, 10, 512), True),
-    (SkinnyConfig(128, 1, 8, 4, "none", "global", "bfloat16"), (2, 3, 8, 256), False),
-]
+@pytest.mark.parametrize(("v", "n", "ranks"), [(64, 16, 4), (32, 64, 2), (64, 30, 8), (16, 9, 1), (128, 40, 2)])
+def test_groups_outnumber_clusters(v: int, n: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cluster for many groups: buffers and barriers are used again and again; some ranks have no columns."""
+    device = install(monkeypatch, EmulatedDevice(1, sm_count=1))
+    monkeypatch.setattr(device, "sm_count", ranks)  # one cluster of them
+    packed = random_packed(6 * v - 3, 300, v, [300, 0, 64, 1, 130, 200], dtype="bfloat16", seed=v, integers=True)
+    config = few_config(v, n, ranks, "bfloat16", 1)
+    monkeypatch.setattr(skinny_plan, "choose_config", lambda *_: config)
+    x = integers(np.random.default_rng(n), (n, 300), "bfloat16")
+    y = device.read(device_linear(device.array(x), packed))
+    assert (y.T.astype(np.float64) == product(packed, x.T)).all()
 
 
-@pytest.mark.parametrize(("config", "split", "is_merged"), FORCED, ids=lambda value: getattr(value, "name", None))
-def test_every_place_of_the_sums(
-    config: SkinnyConfig, split: tuple[int, int, int, int], is_merged: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the sums wait and who adds them, more items than warps, windows in phases; the last group is cut."""
-    m, k, n = 9 * min(config.v, 64) + 5, 530, 8 * config.chunks - 1
-    device = install(monkeypatch, EmulatedDevice(1, sm_count=8))
-    packed = random_packed(m, k, config.v, dtype=config.dtype, seed=config.v, integers=True)
-    layout = to_skinny(packed, *split)
-    weights = SkinnyWeights(DeviceMemory(device, arrays_of(layout)), layout)
-    plan = make_plan(weights, device, config, is_merged, 0)
-    monkeypatch.setattr(skinny_plan, "skinny_plan", lambda *_: plan)
-    x = integers(np.random.default_rng(k), (n, k), config.dtype)
-    given, out = device.array(x, pitch=k + 3), device.empty(n, m, config.dtype)
-    call = device_call.Call(packed, given, given)
-    skinny_plan.run_skinny(call, given.address, k + 3, 1, n, out.address, m, 1)
-    assert (device.read(out).T.astype(np.float64) == product(packed, x.T)).all()
-    assert all(config.finish in name and config.slots in name for name in device.launched)
+def test_a_token_major_result_with_many_values_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = install(monkeypatch, EmulatedDevice(3, sm_count=3))
+    packed = random_packed(133, 70, 64, seed=5, integers=True)
+    x = integers(np.random.default_rng(5), (20, 70), "float16")
+    y = device.read(device_linear(device.array(x), packed))
+    assert (y.T.astype(np.float64) == product(packed, x.T)).all()
+    assert [name.split("_")[1] for name in device.launched] == ["skinny", "skinny90", "transpose"]
 
 
-@pytest.mark.usefixtures("few_columns")
 def test_few_columns_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     device = install(monkeypatch, EmulatedDevice(2, sm_count=8))
     rng = np.random.default_rng(2)

@@ -44,7 +44,6 @@ VOID = {
     "st_global_v4": ("st.global.v4.u32", [u64, u32, u32, u32, u32]),
     "st_global_u16": ("st.global.u16", [u64, u16]),
     "st_global_f32": ("st.global.f32", [u64, f32]),
-    "st_shared_u16": ("st.shared.u16", [u32, u16]),
     "st_shared_u32": ("st.shared.u32", [u32, u32]),
     "st_shared_v4": ("st.shared.v4.u32", [u32, u32, u32, u32, u32]),
     "stmatrix_x4": ("stmatrix.sync.aligned.m8n8.x4.shared.b16", [u32] * 5),
@@ -58,18 +57,13 @@ VALUE = {
     "ld_global_u16": ("ld.global.u16", [u64], u16),
     "ld_global_nc_u32": ("ld.global.nc.u32", [u64], u32),
     "ld_global_nc_f32": ("ld.global.nc.f32", [u64], f32),
-    "ld_shared_u16": ("ld.shared.u16", [u32], u16),
-    "ld_shared_u32": ("ld.shared.u32", [u32], u32),
     "mad_wide_u32": ("mad.wide.u32", [u32, u32, u64], u64),
     "div_u32": ("div.u32", [u32, u32], u32),
     "shuffle": ("shfl.sync.idx.b32", [u32, u32], u32),
 }
 QUARTET = {
     "ld_global_nc_v4": ("ld.global.nc.v4.u32", [u64]),
-    "ld_global_nc_stream_v4": ("ld.global.nc.L1::no_allocate.L2::256B.v4.u32", [u64]),
-    "ld_global_v4": ("ld.global.v4.u32", [u64]),
     "ld_shared_v4": ("ld.shared.v4.u32", [u32]),
-    "ldmatrix_x4": ("ldmatrix.sync.aligned.m8n8.x4.shared.b16", [u32]),
     "ldmatrix_x4_trans": ("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", [u32]),
 }
 TABLES = {

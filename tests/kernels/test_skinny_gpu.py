@@ -17,16 +17,9 @@ from gpu_cases import ACTIVATION_OF, Verdicts, dense_of, expected, random_packed
 
 import shflnb
 from shflnb.errors import CaptureError
-from shflnb.kernels import select
 from shflnb.kernels.memo import FewColumnsMemo
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def up_to_64_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel takes 64 columns, whatever the selection gives it."""
-    monkeypatch.setattr(select, "FEW_COLUMNS", 64)
+pytestmark = pytest.mark.gpu(min_capability=(9, 0))
 
 
 def integers(shape: tuple[int, ...], dtype: str, seed: int) -> Any:

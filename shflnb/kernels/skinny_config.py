@@ -1,0 +1,167 @@
+"""How the few-column kernel for Hopper (`skinny_wgmma.py`) is specialised: a frozen, self-checking record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..errors import ArgumentError
+from .config import EPILOGUES, SMEM_LIMIT
+
+__all__ = ["MAX_N", "TILE_K", "SkinnyConfig", "choose_config", "config_of", "memory_us", "predict_us",
+           "room_for", "stores_directly"]  # fmt: skip
+
+MAX_N = 64
+"""Columns that the kernel has room for."""
+
+TILE_K = 64
+"""Kept columns of a stage."""
+
+MEMORY_BYTES_PER_US = 31_800.0
+"""Bytes that a multiprocessor's share of device memory delivers: 4.2 TB/s over 132 of them (H200, 2026-11-22)."""
+
+START_US = 2.4
+"""What a product costs beside the bytes of its weights (H200, 2026-11-22, 15 to 120 MB, CUDA graphs)."""
+
+FILLED = 0.9
+"""Share of the multiprocessors that must have work before a group is not split further."""
+
+DIRECT_VALUES = 240_000
+"""Values of a token-major result that are stored one by one; more are turned by a kernel of their own."""
+
+
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """How one kernel is specialised. Sizes of the problem are run-time arguments and never part of it."""
+
+    v: int
+    chunks: int
+    """Room for tokens in a stitched row, in units of 8: 2, 4 or 8."""
+    ranks: int
+    """Blocks of a cluster that share the kept columns of a group: 1, 2, 4 or 8."""
+    stages: int
+    dtype: str = "float16"
+    epilogue: str = "plain"
+    blocks_per_sm: int = 2
+
+    def __post_init__(self) -> None:
+        if self.v not in (16, 32, 64, 128) or self.chunks not in (2, 4, 8):
+            raise ArgumentError(f"v = {self.v}, chunks = {self.chunks}; expected v 16..128 and chunks 2, 4 or 8")
+        if self.ranks not in (1, 2, 4, 8) or self.ranks > self.v // 8:
+            raise ArgumentError(f"ranks = {self.ranks}; expected 1, 2, 4 or 8, and at most v / 8 = {self.v // 8}")
+        if self.dtype not in ("float16", "bfloat16"):
+            raise ArgumentError(f"dtype is {self.dtype!r}; the GPU kernels take float16 and bfloat16")
+        if self.epilogue not in EPILOGUES:
+            raise ArgumentError(f"epilogue is {self.epilogue!r}; expected one of {EPILOGUES}")
+        if self.blocks_per_sm not in (1, 2) or not 4 <= self.stages <= 20:
+            raise ArgumentError(f"{self.blocks_per_sm} blocks, {self.stages} stages; expected 1 or 2, and 4 to 20")
+        room = (SMEM_LIMIT[90] + 1024) // self.blocks_per_sm - 1024
+        if self.smem_bytes > room:
+            raise ArgumentError(f"{self.smem_bytes} bytes of shared memory; {self.blocks_per_sm} blocks have {room}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stitched row of x."""
+        return 16 * self.chunks
+
+    @property
+    def x_bytes(self) -> int:
+        """Bytes of a stage of stitched x."""
+        return TILE_K * self.row_bytes
+
+    @property
+    def w_bytes(self) -> int:
+        """Bytes of a stage of packed weights."""
+        return TILE_K * self.v * 2
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of one stage of the ring."""
+        return self.x_bytes + self.w_bytes
+
+    @property
+    def token_warps(self) -> int:
+        """Consumer warps that hold tokens that may exist, 16 each."""
+        return self.chunks // 2
+
+    @property
+    def octets(self) -> int:
+        """Units of 8 packed rows that one rank finishes."""
+        return self.v // 8 // self.ranks
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: 4 warps multiply, 4 stitch x, one copies weights."""
+        return 288
+
+    @property
+    def ids_bytes(self) -> int:
+        """Shared memory of the column ids on their way: 8 stages for each stitching warp."""
+        return 4 * 8 * TILE_K * 4
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Shared memory in which the ranks' sums arrive, twice: 512 bytes for 16 tokens by 8 rows."""
+        return 2 * self.v // 8 * self.token_warps * 512 if self.ranks > 1 else 0
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block, in bytes."""
+        return self.stages * self.stage_bytes + 512 + self.ids_bytes + self.exchange_bytes
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, as a profiler shows it."""
+        kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
+        return (f"shflbw_skinny90_{kind}_v{self.v}_n{8 * self.chunks}_r{self.ranks}_s{self.stages}"
+                f"_b{self.blocks_per_sm}_{self.epilogue}")  # fmt: skip
+
+    def with_epilogue(self, epilogue: str) -> SkinnyConfig:
+        """The same kernel with another epilogue."""
+        return self if epilogue == self.epilogue else replace(self, epilogue=epilogue)
+
+
+def room_for(n: int) -> int:
+    """Tokens that a stitched row has room for."""
+    return next(tokens for tokens in (16, 32, 64) if n <= tokens)
+
+
+def config_of(v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int) -> SkinnyConfig:
+    """The kernel for n columns and this many ranks, with as many stages as fit."""
+    base = SkinnyConfig(v, room_for(n) // 8, ranks, 4, dtype, blocks_per_sm=1)
+    room = (SMEM_LIMIT[90] + 1024) // blocks_per_sm - 1024
+    stages = min(20, (room - 512 - base.ids_bytes - base.exchange_bytes) // base.stage_bytes)
+    return replace(base, stages=stages, blocks_per_sm=blocks_per_sm)
+
+
+def choose_config(v: int, n: int, groups: int, tiles: int, dtype: str, sm_count: int) -> SkinnyConfig:
+    """The kernel for a packed matrix of so many groups and k tiles in all, on a device of so many multiprocessors.
+
+    By measurement over layers of language models at 50 to 87.5 % (H200, 2026-11-22): every multiprocessor needs about
+    a group of 64 rows; with up to 16 columns and 16 tiles a group, two ranks are a few percent better than one (their
+    blocks end closer to each other); two blocks share an SM unless a stage is large, or there is one for each anyway.
+    """
+    work = groups * v / 64
+    ranks = next((r for r in (1, 2, 4) if r * work >= FILLED * sm_count), 8)
+    if ranks == 1 and room_for(n) == 16 and tiles >= 16 * groups:
+        ranks = 2
+    ranks = min(ranks, v // 8)
+    is_wide = v == 128 or (room_for(n) == 64 and ranks * work < 2 * FILLED * sm_count)
+    return config_of(v, n, ranks, dtype, 1 if is_wide else 2)
+
+
+def memory_us(nbytes: int, sm_count: int) -> float:
+    """The least time to read so many bytes from device memory, scaled from an H200 by multiprocessors."""
+    return nbytes / (MEMORY_BYTES_PER_US * sm_count)
+
+
+def predict_us(nbytes: int, sm_count: int) -> float:
+    """Predicted time of a product whose packed matrix has so many bytes, without turning x or its result."""
+    return START_US + memory_us(nbytes, sm_count)
+
+
+def stores_directly(m: int, n: int) -> bool:
+    """Whether the product itself stores a token-major result, 2 bytes at a time.
+
+    L2 takes about 80 such stores a nanosecond, and a transpose after the product costs 3 to 5 us (H200, 2026-11-22).
+    """
+    return n <= 16 and m * n <= DIRECT_VALUES

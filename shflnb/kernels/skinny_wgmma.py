@@ -1,0 +1,327 @@
+"""Few columns on Hopper: packed weights streamed once from device memory, x stitched row by row, wgmma.
+
+    out[row_perm[g*v:(g+1)*v], :] = values[g].T @ x[indices[g], :]          for every group g, up to 64 columns
+
+The bytes of the weights are the cost, so a block is small (two to an SM: one stores while the other streams) and does
+three things at once:
+
+    warp 8       copies packed weights, 64 kept columns a stage, as far ahead as the ring goes. It does not wait for the
+                 kernel before this one in the stream: weights are constants
+    warps 4..7   stitch: each takes every fourth stage and copies the rows of x its columns name, 16 bytes (8 tokens) a
+                 thread; x is small and stays in L2
+    warps 0..3   multiply: D[64 tokens, v rows] += x.T @ W, whatever the number of tokens; rows of D for tokens that do
+                 not exist hold anything and go nowhere
+
+A stitched row has room for 16, 32 or 64 tokens; it stands under the 32-, 64- or 128-byte swizzle of a wgmma operand
+that is contiguous along tokens. With fewer than 64, the instruction is told that all its atoms of tokens start at the
+same place.
+
+With several ranks the blocks of a cluster share a group's kept columns, and send each other their sums through
+distributed shared memory (`skinny_exchange.py`). Blocks, or clusters, walk the records of `queue.py`.
+Source: PTX ISA, sections on wgmma, mbarrier, cp.async, cp.async.bulk, griddepcontrol and barrier.cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from .config import CORE_BYTES
+from .ptx import (
+    bulk_copy_g2s,
+    cp_async_16,
+    cp_async_16_unless_negative,
+    cp_async_16_whole,
+    cp_async_commit,
+    cp_async_mbarrier_arrive_noinc,
+    cp_async_wait,
+    fence_proxy_async,
+    ld_global_nc_v4,
+    ld_shared_v4,
+    mad_wide_u32,
+    make_wgmma,
+    mbarrier_arrive,
+    mbarrier_arrive_expect_tx,
+    mbarrier_init,
+    mbarrier_init_fence,
+    mbarrier_wait_parity,
+    smem_address,
+    warp_sync,
+    wgmma_commit,
+    wgmma_fence,
+    wgmma_wait,
+)
+from .ptx_cluster import cluster_arrive_relaxed, cluster_wait, grid_launch_dependents, grid_wait
+from .skinny_config import TILE_K, SkinnyConfig
+from .skinny_exchange import make_finish
+
+__all__ = ["make_skinny_wgmma"]
+
+u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
+
+STITCHERS = 4
+ID_SLOTS = 8  # stages of column ids that a stitching warp keeps in shared memory, a power of two
+IDS_AHEAD = 5  # of its stages between the fetch of ids and their use; the slots must outnumber it by two
+SWIZZLE_BITS = {2: 3 << 62, 4: 2 << 62, 8: 1 << 62}
+
+
+def make_own_tiles(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function (first tile, tiles, rank) -> this rank's (first tile, tiles)."""
+    shift = config.ranks.bit_length() - 1
+
+    @cuda.jit(device=True, forceinline=True)
+    def own_tiles(first, tiles, rank):
+        begin = u32((tiles * rank) >> u32(shift))
+        return u32(first + begin), u32(u32((tiles * u32(rank + u32(1))) >> u32(shift)) - begin)
+
+    return own_tiles
+
+
+def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function of one thread: the weights of every stage."""
+    stages, stage_bytes, x_bytes, w_bytes = config.stages, config.stage_bytes, config.x_bytes, config.w_bytes
+    own_tiles = make_own_tiles(config)
+
+    @cuda.jit(device=True, forceinline=True)
+    def stream_weights(base, full, empty, values, queue, turn_bytes, rank):
+        stage, phase = u32(0), u32(1)
+        entry = ld_global_nc_v4(queue)
+        while entry[2] > u32(0):
+            own = own_tiles(entry[1], entry[2], rank)
+            queue += turn_bytes
+            entry = ld_global_nc_v4(queue)
+            source = values + u64(own[0]) * u64(w_bytes)
+            for _ in range(own[1]):
+                mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
+                full_at = u32(full + stage * u32(8))
+                mbarrier_arrive_expect_tx(full_at, u32(w_bytes))
+                bulk_copy_g2s(u32(base + stage * u32(stage_bytes) + u32(x_bytes)), source, u32(w_bytes), full_at)
+                source += u64(w_bytes)
+                stage = u32(stage + u32(1))
+                if stage == u32(stages):
+                    stage = u32(0)
+                    phase = u32(phase ^ u32(1))
+
+    return stream_weights
+
+
+def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function of a warp: the stitched x of every fourth stage."""
+    chunks, row_bytes, stages, stage_bytes = config.chunks, config.row_bytes, config.stages, config.stage_bytes
+    own_tiles = make_own_tiles(config)
+    lane_rows = 2 * chunks  # rows of a stage that a lane copies a chunk of
+    fours = lane_rows // 4
+    # the swizzle of row r is r % 8 of 8 chunks, r // 2 % 4 of 4, r // 4 % 2 of 2
+    coarse, mask = {2: (2, 1), 4: (1, 3), 8: (0, 7)}[chunks]
+    slot_bytes, ring_bytes, wait_ids = TILE_K * 4, ID_SLOTS * TILE_K * 4, cp_async_wait[IDS_AHEAD - 1]
+
+    def make_copies(cut):
+        """Device function that starts the copies of a stage; `cut`: n ends inside a chunk."""
+
+        @cuda.jit(device=True, forceinline=True)
+        def copies(to, ids, pitch, x_at, room, beyond):
+            for j in range(lane_rows):
+                at = u32((to ^ u32((j >> coarse & mask) << 4)) + u32(j * row_bytes))
+                if cut:
+                    size = room if i32(ids[j]) >= i32(0) else u32(0)
+                    cp_async_16(at, mad_wide_u32(ids[j] & u32(0x7FFFFFFF), pitch, x_at), size)
+                else:
+                    cp_async_16_unless_negative(at, mad_wide_u32(ids[j], pitch, x_at), u32(ids[j] | beyond))
+
+        return copies
+
+    copy_cut, copy_whole = make_copies(True), make_copies(False)
+
+    @cuda.jit(device=True, forceinline=True)
+    def stitch(base, full, empty, id_rings, columns, queue, turn_bytes, rank, member, lane, x, n, ldx):
+        chunk, first_row = u32(lane % u32(chunks)), u32(lane // u32(chunks) * u32(lane_rows))
+        swizzled = u32(chunk ^ ((first_row >> u32(coarse)) & u32(mask)))
+        target = u32(base + first_row * u32(row_bytes) + (swizzled << u32(4)))
+        id_ring = u32(id_rings + member * u32(ring_bytes))
+        own_ids = u32(id_ring + first_row * u32(4))
+        pitch = u32(ldx * u64(2))
+        token = u32(chunk * u32(8))
+        cut = (n & u32(7)) != u32(0)
+        room, beyond, x_at = u32(0), u32(0), x
+        if token < n:
+            room = u32(u32(n - token) * u32(2))
+            if room > u32(16):
+                room = u32(16)
+            x_at = x + u64(token) * u64(2)
+        else:
+            beyond = u32(0x80000000)
+        ids = cuda.local.array(lane_rows, u32)
+        stage, phase = member, u32(1)
+        # the ids of a stage are asked for IDS_AHEAD of this warp's stages before their use. `coming`: stages whose ids
+        # are on their way; `step`: the next one, inside a record of `count`
+        entry = ld_global_nc_v4(queue)
+        following = entry  # the record after it, asked for early
+        if entry[2] > u32(0):
+            queue += turn_bytes
+            following = ld_global_nc_v4(queue)
+        own = own_tiles(entry[1], entry[2], rank)
+        count, step, tiles = own[1], member, entry[2]
+        ids_at = columns + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
+        to_slot, slot, lead, coming = u32(0), u32(0), u32(0), u32(0)
+        while lead < u32(IDS_AHEAD) or coming > u32(0):
+            while step >= count and tiles > u32(0):  # this warp's next stage: in one of the records that follow
+                step = u32(step - count)
+                entry = following
+                tiles = entry[2]
+                if tiles > u32(0):
+                    queue += turn_bytes
+                    following = ld_global_nc_v4(queue)
+                own = own_tiles(entry[1], tiles, rank)
+                count = own[1]
+                ids_at = columns + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
+            if tiles > u32(0):
+                if lane < u32(16):
+                    cp_async_16_whole(u32(id_ring + to_slot + lane * u32(16)), ids_at + u64(step) * u64(TILE_K * 4))
+                to_slot = u32((to_slot + u32(slot_bytes)) & u32(ring_bytes - 1))
+                step = u32(step + u32(STITCHERS))
+                coming = u32(coming + u32(1))
+            cp_async_commit()
+            if lead < u32(IDS_AHEAD):
+                lead = u32(lead + u32(1))
+                if lead == u32(IDS_AHEAD):
+                    grid_wait()  # x may be the work of the kernel before; ids and queue never are
+            if lead == u32(IDS_AHEAD) and coming > u32(0):
+                coming = u32(coming - u32(1))
+                wait_ids()
+                warp_sync()
+                for q in range(fours):
+                    four = ld_shared_v4(u32(own_ids + slot + u32(16 * q)))
+                    ids[4 * q] = four[0]
+                    ids[4 * q + 1] = four[1]
+                    ids[4 * q + 2] = four[2]
+                    ids[4 * q + 3] = four[3]
+                slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
+                mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
+                to = u32(target + stage * u32(stage_bytes))
+                full_at = u32(full + stage * u32(8))
+                if cut:
+                    copy_cut(to, ids, pitch, x_at, room, beyond)
+                else:
+                    copy_whole(to, ids, pitch, x_at, room, beyond)
+                cp_async_mbarrier_arrive_noinc(full_at)
+                stage = u32(stage + u32(STITCHERS))
+                if stage >= u32(stages):
+                    stage = u32(stage - u32(stages))
+                    phase = u32(phase ^ u32(1))
+
+    return stitch
+
+
+def make_multiply(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function of the consumer warpgroup: acc += the product of a stage."""
+    v, chunks, row_bytes, x_bytes = config.v, config.chunks, config.row_bytes, config.x_bytes
+    wgmma = make_wgmma(v, config.dtype, a_mn_major=True)
+    step_a = 16 * row_bytes >> 4
+    step_b = 2 * (v // 8) * CORE_BYTES >> 4
+    # x: leading offset 0, every atom of tokens is the first one; stride offset: 8 rows of k
+    desc_a0 = (8 * row_bytes >> 4) << 32 | SWIZZLE_BITS[chunks]
+    # weights: leading offset: core matrices along k; stride offset: along packed rows
+    desc_b0 = ((v // 8) * CORE_BYTES >> 4) << 16 | (CORE_BYTES >> 4) << 32
+
+    @cuda.jit(device=True, forceinline=True)
+    def multiply(acc, stage_at):
+        at = u32(stage_at & u32(0x3FFFF))  # bits from 24 up name the block in its cluster, not part of a descriptor
+        desc_a = u64(desc_a0) | u64(at >> u32(4))
+        desc_b = u64(desc_b0) | u64(u32(at + u32(x_bytes)) >> u32(4))
+        for step in range(TILE_K // 16):
+            wgmma(acc, desc_a + u64(step * step_a), desc_b + u64(step * step_b))
+
+    return multiply
+
+
+def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
+    """The kernel function of a config; every argument is uint64 (addresses in bytes, sizes and strides in elements).
+
+    values, columns: as for `spmm_sm90.py` with tile_k 64. queue: for every turn and cluster a record of four uint32,
+    (group, first k tile, k tiles, 0); a cluster walks its column of the queue until a record with no tiles. rows: the
+    output row of every packed row, `NO_ROW` for rows that do not exist. x: feature-major, rows `ldx` apart start at
+    16-byte boundaries. out and residual: any token and feature strides. flags: see `epilogue.py`.
+    """
+    stages, stage_bytes, ranks, token_warps = config.stages, config.stage_bytes, config.ranks, config.token_warps
+    registers, barriers = config.v // 2, stages * stage_bytes
+    id_rings = barriers + 512
+    exchange = id_rings + config.ids_bytes
+    own_tiles, stream_weights, stitch = make_own_tiles(config), make_stream_weights(config), make_stitch(config)
+    multiply, (begin, finish, row_values) = make_multiply(config), make_finish(config)
+    wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
+
+    def skinny_wgmma(values, columns, queue, rows, x, out, bias, residual, n, ldx, ot, of, rt, rf, flags):
+        smem = cuda.shared.array(0, types.uint8)
+        base = smem_address(smem)
+        full = u32(base + u32(barriers))
+        empty = u32(full + u32(8 * stages))
+        arrived = u32(empty + u32(8 * stages))
+        tid = u32(cuda.threadIdx.x)
+        lane, warp, block = u32(tid & u32(31)), u32(tid >> u32(5)), u32(cuda.blockIdx.x)
+        rank = u32(block & u32(ranks - 1))
+        turn_bytes = u64(u32(cuda.gridDim.x) // u32(ranks)) * u64(16)
+        own_queue = queue + u64(block // u32(ranks)) * u64(16)
+        if tid == u32(0):
+            for stage in range(stages):
+                # full: a stitching warp's lanes and the weights' bytes; empty: the leader of the consumers
+                mbarrier_init(u32(full + u32(8 * stage)), u32(33))
+                mbarrier_init(u32(empty + u32(8 * stage)), u32(1))
+            for w in range(2 * token_warps):
+                mbarrier_init(u32(arrived + u32(8 * w)), u32(1))
+            mbarrier_init_fence()
+        cuda.syncthreads()
+        if ranks > 1:
+            cluster_arrive_relaxed()  # the others' barriers are set up once this has been waited for
+        grid_launch_dependents()
+        if warp == u32(8):
+            if lane == u32(0):
+                stream_weights(base, full, empty, values, own_queue, turn_bytes, rank)
+            warp_sync()
+            if ranks > 1:
+                cluster_wait()
+        elif warp >= u32(4):
+            stitch(base, full, empty, u32(base + u32(id_rings)), columns, own_queue, turn_bytes, rank,
+                   u32(warp - u32(4)), lane, x, u32(n), ldx)  # fmt: skip
+            if ranks > 1:
+                cluster_wait()
+        else:
+            acc = cuda.local.array(registers, f32)
+            targets = cuda.local.array(row_values, u32)
+            stage, phase, turn = u32(0), u32(0), u32(0)
+            entry = ld_global_nc_v4(own_queue)
+            if ranks > 1:
+                cluster_wait()
+            grid_wait()  # before anything is stored: the kernel before may still read it
+            while entry[2] > u32(0):
+                begin(targets, rows, entry[0], lane, rank)
+                count = own_tiles(entry[1], entry[2], rank)[1]
+                own_queue += turn_bytes
+                entry = ld_global_nc_v4(own_queue)
+                for r in range(registers):
+                    acc[r] = f32(0.0)
+                release = u32(0)
+                for kt in range(count):
+                    mbarrier_wait_parity(u32(full + stage * u32(8)), phase)
+                    fence_proxy_async()
+                    wgmma_fence()
+                    multiply(acc, u32(base + stage * u32(stage_bytes)))
+                    wgmma_commit()
+                    wait_one()
+                    if tid == u32(0) and u32(kt) > u32(0):
+                        mbarrier_arrive(release)
+                    release = u32(empty + stage * u32(8))
+                    stage = u32(stage + u32(1))
+                    if stage == u32(stages):
+                        stage = u32(0)
+                        phase = u32(phase ^ u32(1))
+                wait_all()
+                if tid == u32(0) and count > u32(0):
+                    mbarrier_arrive(release)
+                finish(acc, targets, u32(base + u32(exchange)), arrived, turn, rank, warp, lane, u32(n), out, ot, of,
+                       bias, residual, rt, rf, u32(flags))  # fmt: skip
+                turn = u32(turn + u32(1))
+
+    return skinny_wgmma
