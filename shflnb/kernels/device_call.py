@@ -31,24 +31,28 @@ class Call:
         owner = new_matrix(max(1, rows), ld, self.like, self.packed.dtype)
         return device_view(owner, what="workspace").address, ld, owner
 
-    def copy(self, src: tuple[int, int, int], dst: tuple[int, int, int], rows: int, cols: int) -> None:
-        """dst[r, c] = src[r, c]; (address, row stride, column stride) each."""
+    def copy(self, src: tuple[int, int, int], dst: tuple[int, int, int], rows: int, cols: int, pad: int = 0) -> None:
+        """dst[r, c] = src[r, c]; (address, row stride, column stride) each. Zeros from `cols` up to `pad` columns."""
         if rows == 0 or cols == 0:
             return
         kernel = self.context.kernel(copy_spec(), self.stream_handle)
-        grid = (ceil_div(cols, kernel.spec.threads), min(rows, 65535), 1)
-        self.context.launch(self.stream_handle, kernel.config(grid), kernel, *src, *dst, rows, cols)
+        wide = max(cols, pad)
+        grid = (ceil_div(wide, kernel.spec.threads), min(rows, 65535), 1)
+        self.context.launch(self.stream_handle, kernel.config(grid), kernel, *src, *dst, rows, cols, wide)
 
-    def transpose(self, src: int, lds: int, dst: int, ldd: int, rows: int, cols: int, is_result: bool = False) -> None:
-        """dst[c, r] = src[r, c]; leading dimensions in values. Tokens are the rows of src, of a result its columns."""
+    def transpose(self, src: int, lds: int, dst: int, ldd: int, rows: int, cols: int, is_result: bool = False,
+                  is_padded: bool = False) -> None:  # fmt: skip
+        """dst[c, r] = src[r, c]; leading dimensions in values. Tokens are the rows of src, of a result its columns.
+
+        With `is_padded` rows of dst are written up to the next multiple of 8, with zeros.
+        """
         if rows == 0 or cols == 0:
             return
         is_chained = self.context.has_chaining
         kernel = self.context.kernel(transpose_spec(is_chained), self.stream_handle)
         flags = (src % 16 == 0 and lds % 8 == 0) | (dst % 16 == 0 and ldd % 8 == 0) << 1 | is_result << 2
         fast = ceil_div(rows if is_result else cols, 64)  # the other side holds the tokens
-        if is_result:
-            flags |= 8
+        flags |= 8 * is_result | 16 * is_padded
         blocks = ceil_div(rows, 64) * ceil_div(cols, 64)
         grid = kernel.config(blocks, is_chained=is_chained)
         self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, fast, int(flags))
@@ -84,7 +88,7 @@ class Call:
         if (n <= 1 or col_stride == 1) and address % 16 == 0 and row_stride % 8 == 0 and n <= row_stride < 2**31:
             return address, row_stride, None
         target, ld, owner = self.workspace(k, n)
-        self.copy((address, rows[3], col_stride), (target, ld, 1), k, n)
+        self.copy((address, rows[3], col_stride), (target, ld, 1), k, n, ld)
         return target, ld, owner
 
 
@@ -107,7 +111,7 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
             turn_in = turn_of_x(context, n, k, address, token_stride, stream)
         else:
             target, ldx, keep_x = call.workspace(k, n)
-            call.copy((address, feature_stride, token_stride), (target, ldx, 1), k, n)
+            call.copy((address, feature_stride, token_stride), (target, ldx, 1), k, n, ldx)
             address = target
     turn_out, ot, of = None, out[4], out[3]
     if out[3] == 1 and m > 1 and n > 1 and not stores_directly(m, n):
@@ -159,7 +163,7 @@ def run_linear(call: Call, x: Any, out_at: Any, bias: tuple[int, int], res: Any,
     elif feature_stride == 1 and k > 1:
         target, ld, owner = call.workspace(k, n)
         keep.append(owner)
-        call.transpose(address, token_stride, target, ld, n, k)
+        call.transpose(address, token_stride, target, ld, n, k, is_padded=True)
         x_rows = (target, k, n, ld, 1)
     else:
         x_rows = (address, k, n, feature_stride, token_stride)

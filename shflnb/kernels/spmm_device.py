@@ -200,7 +200,7 @@ def _linear_memo(
     return LinearMemo(
         call.context, turn, turn_in, turn_out, plan.kernel, plan.launch_config, plan.head,
         n=n, ld=ceil_div(n, 8) * 8, k=k, m=m, token_stride=k, k_tiles=ceil_div(k, 64), m_tiles=ceil_div(m, 64),
-        turn_in_flags=(k % 8 == 0) | 2, turn_out_flags=1 | (m % 8 == 0) << 1 | 12, out_shape=out_shape,
+        turn_in_flags=(k % 8 == 0) | 18, turn_out_flags=1 | (m % 8 == 0) << 1 | 12, out_shape=out_shape,
         flags=bias[1] | ALIGNED,
     )  # fmt: skip
 

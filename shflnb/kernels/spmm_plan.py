@@ -80,7 +80,7 @@ def copy_spec() -> KernelSpec:
     """How to build the kernel that copies between any strides."""
     from .transpose import COPY_THREADS, make_copy_strided
 
-    return KernelSpec("copy_strided", "shflnb_copy_strided", "copy", make_copy_strided, 8, COPY_THREADS)
+    return KernelSpec("copy_strided", "shflnb_copy_strided", "copy", make_copy_strided, 9, COPY_THREADS)
 
 
 def problem_of(packed: ShflBWMatrix, n: int) -> Problem:

@@ -72,7 +72,8 @@ def make_transpose(is_chained: bool = False) -> Callable[..., Any]:
     Bits of flags: 0: src rows are 16-byte aligned; 1: dst rows are; 2: dst is a result, not what the next kernel reads,
     and should not push that out of L2. `fast_tiles` tiles are taken along one side before the next step along the
     other, tokens (rows, or with bit 3 columns), which runs from the last to the first: the product before or after
-    works from the first to the last, so each finds in L2 what the other touched most recently. `is_chained` kernels
+    works from the first to the last, so each finds in L2 what the other touched most recently. With bit 4 rows of dst
+    are written up to the next multiple of 8, with zeros behind the last value. `is_chained` kernels
     (capability 9.0) may be launched to overlap the end of the kernel before them.
     """
 
@@ -126,6 +127,8 @@ def make_transpose(is_chained: bool = False) -> Callable[..., Any]:
                 w = ld_shared_v4(u32(base + c * u32(PITCH) + r * u32(2)))
                 at = dst + (col * ldd + row) * u64(2)
                 room = rows - row
+                if flags & u64(16):  # what lies beyond was loaded as zeros
+                    room = u64(8)
                 if room >= u64(8) and flags & u64(2):
                     if flags & u64(4):
                         st_global_stream_v4(at, w[0], w[1], w[2], w[3])
@@ -141,17 +144,19 @@ def make_transpose(is_chained: bool = False) -> Callable[..., Any]:
 
 
 def make_copy_strided() -> Callable[..., Any]:
-    """The kernel (src, row and column strides, dst, row and column strides, rows, cols).
+    """The kernel (src, row and column strides, dst, row and column strides, rows, cols, columns of dst).
 
-    Strides are in values, any of them, in unsigned arithmetic.
+    Strides are in values, any of them, in unsigned arithmetic. Columns of dst beyond `cols` become zero.
     """
 
-    def copy_strided(src, src_row, src_col, dst, dst_row, dst_col, rows, cols):
+    def copy_strided(src, src_row, src_col, dst, dst_row, dst_col, rows, cols, dst_cols):
         col = u64(cuda.blockIdx.x) * u64(COPY_THREADS) + u64(cuda.threadIdx.x)
-        if col < cols:
+        if col < dst_cols:
             row = u64(cuda.blockIdx.y)
             while row < rows:
-                value = ld_global_u16(src + (row * src_row + col * src_col) * u64(2))
+                value = u16(0)
+                if col < cols:
+                    value = ld_global_u16(src + (row * src_row + col * src_col) * u64(2))
                 st_global_u16(dst + (row * dst_row + col * dst_col) * u64(2), value)
                 row += u64(cuda.gridDim.y)
 
