@@ -262,7 +262,8 @@ class _Work:
 
         def measure(name: str, layout: Plan) -> Times:
             facts = facts_of(self.model.get_submodule(name))
-            layer = stand_in(facts, self.options.block, self.sparsities[name], stand_ins)
+            budget = str(self.options.prune.get("budget", "layer"))
+            layer = stand_in(facts, self.options.block, self.sparsities[name], stand_ins, budget)
             return self.timer.times(name, facts, layer, self.seen.tokens(name), layout)
 
         _, times = decide(self.seen, set(self.names), self.options, measure)

@@ -187,7 +187,8 @@ class _Meter:
     def times(self, name: str, layout: Plan) -> Times:
         """Times of the layer as the plan has it."""
         facts = self.facts(name)
-        layer = stand_in(facts, self.options.block, sparsity_of(name, self.options), self.stand_ins)
+        budget = str(self.options.prune.get("budget", "layer"))
+        layer = stand_in(facts, self.options.block, sparsity_of(name, self.options), self.stand_ins, budget)
         return self.timer.times(name, facts, layer, self.seen.tokens(name), layout)
 
     def model_us(self, example_inputs: Any) -> float | None:

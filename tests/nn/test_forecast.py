@@ -13,6 +13,7 @@ from torch import nn
 import shflnb
 from shflnb.errors import ArgumentError, DeviceError
 from shflnb.nn import ShflLinear, estimate, sparsify_
+from shflnb.nn.decide import Times
 from shflnb.nn.facts import Facts, random_layer, stand_in
 from shflnb.nn.predict import gpu_named, predicted_us
 
@@ -120,3 +121,31 @@ def test_bad_options(options: dict[str, Any], error: type, text: str) -> None:
 def test_a_gpu_that_torch_does_not_see() -> None:
     with pytest.raises(ArgumentError, match="torch sees no GPU; name one to predict for"):
         estimate(GatedMLP(), torch.randn(2, 32), device="cuda")
+
+
+def test_a_stand_in_is_as_unequal_as_the_rows() -> None:
+    """Rows of one size: equal groups. Rows of very different sizes: the groups that a search finds, roughly."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, 256)
+    known: dict[Any, ShflLinear] = {}
+    alike = stand_in(Facts(weight, None, torch.float32), (32, 16), 0.75, known, "layer")
+    counts = alike.indptr.diff()
+    assert counts.max() - counts.min() <= 16
+    steep = weight * torch.randn(512, 1).exp()
+    found = stand_in(Facts(steep, None, torch.float32), (32, 16), 0.75, known, "layer")
+    assert len(known) == 2 and stand_in(Facts(steep, None, torch.float32), (32, 16), 0.75, known, "layer") is found
+    linear = nn.Linear(256, 512, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(steep)
+    searched = ShflLinear.from_dense(linear, 0.75, (32, 16), quality="fast")
+    guessed, real = (layer.indptr.diff().sort().values.float() for layer in (found, searched))
+    assert abs(guessed.sum() / real.sum() - 1) < 0.1
+    assert (guessed - real).abs().mean() < 0.25 * real.mean(), (guessed, real)
+    assert guessed.max() > 2 * guessed.mean()
+    equal = stand_in(Facts(steep, None, torch.float32), (32, 16), 0.75, known, "group")
+    assert equal.indptr.diff().max() - equal.indptr.diff().min() <= 16
+
+
+def test_a_saving_below_the_launch_margin_is_none() -> None:
+    assert Times(10.0, 9.5).is_worth_it and not Times(10.0, 9.5, 1.0).is_worth_it
+    assert Times(10.0, 8.9, 1.0).is_worth_it and not Times(100.0, 98.5, 1.0).is_worth_it
