@@ -208,7 +208,9 @@ def bench_bert(run: Run) -> None:
     for row in report.rows[: len(report.rows) // sizes[0]]:  # the first layer of the encoder; the others are like it
         run.row("bert", row.name, "one linear layer, measured by sparsify_", dtype=dtype, v=v,
                 median_us=row.sparse_us, note=f"dense {row.dense_us:.1f} us: {row.decision}, {row.reason}")  # fmt: skip
-        run.lines.append(f"       BERT {row.name}: dense {row.dense_us:.1f} us, sparse {row.sparse_us:.1f} us, {row.reason}")
+        run.lines.append(
+            f"       BERT {row.name}: dense {row.dense_us:.1f} us, sparse {row.sparse_us:.1f} us, {row.reason}"
+        )
     for text, told in (
         ("foretold by the rows", report.predicted_us),
         ("measured by the report", report.model_sparse_us),

@@ -58,6 +58,7 @@ class Problem:
     """Kept columns over all groups (unpadded)."""
     longest: int
     """Kept columns of the longest group."""
+    epilogue: str = "plain"
 
     @property
     def groups(self) -> int:

@@ -41,6 +41,7 @@ W_US_PER_KB = 0.0095  # a KiB of packed weights, one bulk copy a stage
 BUSY_SHARE = 0.12  # longer that a stage takes when all SMs work: they share L2 and power
 DRAIN_US = 0.235  # a tile's end: the results leave while the tensor cores wait
 DRAIN_US_PER_KB = 0.019  # of results
+EPILOGUE_US_PER_KB = {"gelu": 0.06, "silu": 0.04}  # of results, beside the drain: estimates from the instructions
 ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longer stands while a tile drains
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
 US_PER_MB = 0.05  # of x, weights and result: what device memory adds; three quarters of its time are hidden
@@ -122,7 +123,8 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
     copies = (config.x_stage_bytes * X_US_PER_KB + config.w_stage_bytes * W_US_PER_KB) / 1024
     products = 2e-6 * config.v * config.tile_n * config.tile_k / (MFLOP_PER_US * (1 + BUSY_SHARE))
     stage = max(copies, products) * (1 + BUSY_SHARE * min(1.0, tiles / slots))
-    drain = DRAIN_US + 2 * config.v * min(problem.n, config.tile_n) / 1024 * DRAIN_US_PER_KB
+    kib = 2 * config.v * min(problem.n, config.tile_n) / 1024
+    drain = DRAIN_US + kib * (DRAIN_US_PER_KB + EPILOGUE_US_PER_KB.get(problem.epilogue, 0.0))
     rounds = max(1, ceil_div(tiles, slots))
     if config.alternate:
         stage *= ALTERNATE_STAGE

@@ -83,11 +83,12 @@ def copy_spec() -> KernelSpec:
     return KernelSpec("copy_strided", "shflnb_copy_strided", "copy", make_copy_strided, 9, COPY_THREADS)
 
 
-def problem_of(packed: ShflBWMatrix, n: int) -> Problem:
+def problem_of(packed: ShflBWMatrix, n: int, epilogue: str = "plain") -> Problem:
     """The product of a packed matrix with n columns, as the selection sees it."""
     m, k = packed.shape
     lengths = np.diff(packed.indptr)
-    return Problem(m, k, n, packed.block[0], packed.dtype, int(packed.indptr[-1]), int(lengths.max(initial=0)))
+    return Problem(m, k, n, packed.block[0], packed.dtype, int(packed.indptr[-1]), int(lengths.max(initial=0)),
+                   epilogue)  # fmt: skip
 
 
 def _kernel_arrays(layout: KernelLayout, packed: ShflBWMatrix) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
@@ -147,7 +148,7 @@ def plan_for(
     key = ("plan", context.ordinal, n, epilogue, config)
     plan: Plan | None = packed.launch_cache.get(key)
     if plan is None:
-        problem = problem_of(packed, n)
+        problem = problem_of(packed, n, epilogue)
         if config is None:
             remembered = {**remembered_entries(context.name), **packed.launch_cache.get("tuned", {})}
             choice = choose(problem, context.capability, context.sm_count, context.name, remembered)
