@@ -39,9 +39,9 @@ NO_ROW = 0xFFFFFFFF  # place of a row that the short last group does not have
 
 # One asm block each: written in Python, 128 inlined copies are more than the optimiser unrolls, and the accumulators go
 # to local memory.
-# Phi(-z) = 2 ** P(z) for z = |x| up to 6.5, P of degree 7 fitted to log2 Phi(-z): relative error at most 9e-6, that of
-# the result 8e-7; then x Phi(x) = max(x, 0) - z Phi(-z). Half the instructions of a quotient and an exponential: a tile's
-# end is long enough to matter (115 us of 680 in an MLP of 4096 x 14336 with 4096 tokens; H200, 2026-11-22).
+# Phi(-z) = 2 ** P(z) for z = |x| up to 6.5, P of degree 7 fitted to log2 Phi(-z): off by at most 9e-6 of it, and the
+# result x Phi(x) = max(x, 0) - z Phi(-z) by 8e-7. Half the instructions of a quotient and an exponential, which took
+# 115 us of the 680 of an MLP (4096 x 14336, 4096 tokens, v = 64; H200, 2026-11-22).
 _gelu = instruction(
     "x * Phi(x), the exact (erf) form of GELU to about 1e-6.",
     "{ .reg .f32 z, p, r; abs.f32 z, $1; min.f32 z, z, 0f40D00000; fma.rn.f32 p, z, 0fB5EBED59, 0f387B64E3; "
