@@ -97,22 +97,17 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
     """The product with few columns between checked operands.
 
     Each is (address, features, tokens, feature stride, token stride). The memo is for an x and a result of these
-    strides at aligned addresses, without residual; None where x had to be copied.
+    strides at aligned addresses, without residual.
     """
     context, stream = call.context, call.stream_handle
     m, k = call.packed.shape
     plain = activation is None and not bias[0] and residual is None
     plan = skinny_plan(call.packed, context, n, "plain" if plain else activation or "identity", stream)
     address, _, _, feature_stride, token_stride = x
-    keep_x, turn_in, ldx = None, None, feature_stride
+    turn_in, ldx = None, feature_stride
     if (n > 1 and token_stride != 1) or address % 16 or feature_stride % 8 or not n <= feature_stride < 2**31:
         ldx = ceil_div(n, 8) * 8
-        if feature_stride == 1 and k > 1:
-            turn_in = turn_of_x(context, n, k, address, token_stride, stream)
-        else:
-            target, ldx, keep_x = call.workspace(k, n)
-            call.copy((address, feature_stride, token_stride), (target, ldx, 1), k, n, ldx)
-            address = target
+        turn_in = turn_of_x(context, n, k, address, (token_stride, feature_stride), stream)
     turn_out, ot, of = None, out[4], out[3]
     if out[3] == 1 and m > 1 and n > 1 and not stores_directly(m, n):
         turn_out, ot, of = turn_of_out(context, n, m, out[0], out[4], stream), 1, ceil_div(n, 8) * 8
@@ -121,7 +116,7 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
     works = [new_matrix(1, values, call.like, call.packed.dtype) if values else None for values in road.work_values]
     at = [0 if work is None else device_view(work, what="workspace").address for work in works]
     launch_skinny(road, stream, address, out[0], (at[0], at[1]), bias[0], 0 if residual is None else residual[0])
-    return FewColumnsMemo(road, out_shape) if keep_x is None and residual is None else None
+    return FewColumnsMemo(road, out_shape) if residual is None else None
 
 
 def run(call: Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res_rows: Any, activation: str | None,

@@ -41,8 +41,8 @@ class SkinnyRoad:
 
     context: DeviceContext
     plan: SkinnyPlan
-    turn_in: tuple[LoadedKernel, Any, int, int] | None
-    """Kernel, its launch configuration, the token stride of x and flags; None where x is feature-major."""
+    turn_in: tuple[LoadedKernel, Any, int, int, int] | None
+    """Kernel, its launch configuration, the token and feature strides of x and flags; None where x is aligned rows."""
     turn_out: tuple[LoadedKernel, Any, int, int, int] | None
     """Kernel, its launch configuration, the token stride of out, columns of tiles and flags; None where the product
     stores to out itself."""
@@ -80,7 +80,7 @@ def turn_spec() -> KernelSpec:
     """How to build the kernel that turns x."""
     from .skinny_turn import make_turn_in
 
-    return KernelSpec("shflnb_skinny_turn", "shflnb_skinny_turn", "turn", make_turn_in, 7, TURN_THREADS)
+    return KernelSpec("shflnb_skinny_turn", "shflnb_skinny_turn", "turn", make_turn_in, 8, TURN_THREADS)
 
 
 def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int) -> SkinnyPlan:
@@ -109,13 +109,16 @@ def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: 
     return plan
 
 
-def turn_of_x(context: DeviceContext, n: int, k: int, address: int, token_stride: int, stream: int) -> Any:
-    """`SkinnyRoad.turn_in` for token-major x."""
+def turn_of_x(
+    context: DeviceContext, n: int, k: int, address: int, strides: tuple[int, int], stream: int
+) -> tuple[LoadedKernel, Any, int, int, int]:
+    """`SkinnyRoad.turn_in` for x of these token and feature strides."""
+    token_stride, feature_stride = strides
     kernel = context.kernel(turn_spec(), stream)
     units = ceil_div(k, 2) * ceil_div(n, 8)
     blocks = min(2 * context.sm_count, ceil_div(units, TURN_THREADS))
-    pairs = PAIRS if address % 4 == 0 and (n == 1 or token_stride % 2 == 0) else 0
-    return kernel, kernel.config(blocks, is_chained=True), token_stride, pairs
+    pairs = PAIRS if address % 4 == 0 and feature_stride == 1 and (n == 1 or token_stride % 2 == 0) else 0
+    return kernel, kernel.config(blocks, is_chained=True), token_stride, feature_stride, pairs
 
 
 def turn_of_out(context: DeviceContext, n: int, m: int, address: int, token_stride: int, stream: int) -> Any:
@@ -134,8 +137,8 @@ def launch_skinny(
     launch = road.context.launch
     n, k, m = road.n, road.k, road.m
     if road.turn_in is not None:
-        kernel, launch_config, token_stride, flags = road.turn_in
-        launch(stream, launch_config, kernel, x, token_stride, work[0], road.ldx, n, k, flags)
+        kernel, launch_config, token_stride, feature_stride, flags = road.turn_in
+        launch(stream, launch_config, kernel, x, token_stride, feature_stride, work[0], road.ldx, n, k, flags)
         x = work[0]
     plan, to = road.plan, work[1] if road.turn_out is not None else out
     launch(stream, plan.launch_config, plan.kernel, *plan.head, x, to, bias, residual, n, road.ldx, road.ot, road.of,

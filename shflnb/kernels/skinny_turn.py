@@ -1,4 +1,4 @@
-"""Token-major x of up to 64 tokens -> feature-major, for `skinny_wgmma.py`: dst[f, t] = src[t, f], registers only.
+"""x of up to 64 tokens and any strides -> rows of 16-byte chunks, for `skinny_wgmma.py`: dst[f, t] = src[t, f].
 
 A thread has two neighbouring features of eight tokens at a time. It takes no shared memory and few registers, so that
 all blocks of a launch find room beside those of the product and wait there for the kernel before them: the kernel after
@@ -21,16 +21,16 @@ __all__ = ["PAIRS", "TURN_THREADS", "make_turn_in"]
 u32, u64 = types.uint32, types.uint64
 
 TURN_THREADS = 128
-PAIRS = 1  # flag: even features of src start at 4-byte boundaries
+PAIRS = 1  # flag: features of src are contiguous, and even ones start at 4-byte boundaries
 
 
 def make_turn_in() -> Callable[..., Any]:
-    """The kernel (src, token stride, dst, ld, tokens, features, flags); strides in values.
+    """The kernel (src, token stride, feature stride, dst, ld, tokens, features, flags); strides in values.
 
     dst[f, t] is written for all t below the next multiple of 8, with zeros beyond the last token.
     """
 
-    def turn_in(src, stride, dst, ld, tokens, features, flags):
+    def turn_in(src, stride, step, dst, ld, tokens, features, flags):
         grid_launch_dependents()
         pairs = u32((u32(features) + u32(1)) >> u32(1))
         units = u32(pairs * u32((u32(tokens) + u32(7)) >> u32(3)))
@@ -42,7 +42,7 @@ def make_turn_in() -> Callable[..., Any]:
             i = u32(i + u32(cuda.gridDim.x) * u32(TURN_THREADS))
             has_second = u32(feature + u32(1)) < u32(features)
             w = cuda.local.array(8, u32)
-            at = src + (u64(chunk) * u64(8) * stride + u64(feature)) * u64(2)
+            at = src + (u64(chunk) * u64(8) * stride + u64(feature) * step) * u64(2)
             for t in range(8):
                 w[t] = u32(0)
                 if u32(chunk * u32(8) + u32(t)) < u32(tokens):
@@ -51,7 +51,7 @@ def make_turn_in() -> Callable[..., Any]:
                     else:
                         w[t] = u32(ld_global_u16(at))
                         if has_second:
-                            w[t] |= u32(ld_global_u16(at + u64(2))) << u32(16)
+                            w[t] |= u32(ld_global_u16(at + step * u64(2))) << u32(16)
                 at += stride * u64(2)
             to = dst + (u64(feature) * ld + u64(chunk) * u64(8)) * u64(2)
             st_global_v4(to, low_halves(w[0], w[1]), low_halves(w[2], w[3]), low_halves(w[4], w[5]),

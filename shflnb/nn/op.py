@@ -28,7 +28,7 @@ ACTIVATIONS = ("relu", "gelu", "silu")
 """What the epilogue can do; "gelu" is the exact form, with the error function."""
 
 FEW_TOKENS = 64
-"""Up to here the kernels of a GPU read and write tokens of any stride, and nothing is transposed."""
+"""Up to here nothing is shared or kept transposed: turning so few tokens costs less than planning for it."""
 
 _LIB = torch.library.Library("shflnb", "DEF")
 # needs_fixed_stride_order: the layout of x, decided when the graph is traced, is part of what the kernel expects.
