@@ -1,7 +1,7 @@
 """How much faster than the dense library is the sparse product? GEMM shapes x sparsity x v.
 
     python benchmarks/bench_spmm.py --quick --out DIR     the cases that have a bar, about a minute on an H200
-    python benchmarks/bench_spmm.py --full --out DIR      these, then every shape, sparsity and v of shapes.json
+    python benchmarks/bench_spmm.py --full --out DIR      these, then all of shapes.json, in bursts
     python benchmarks/bench_spmm.py --device cpu          a few small cases with the host's clock
     python -m pytest benchmarks/bench_spmm.py --benchmark-only
 
@@ -40,6 +40,7 @@ FIELDS = (
 SPREAD = 0.25
 L2_BYTES_PER_US, MEMORY_BYTES_PER_US = 9.4e6, 4.3e6
 """Measured on one H200 (2026-10): gathering 32 MB out of L2, and copying far more than L2 holds."""
+TABLE = frozenset(table_cases())
 CPU_CASES = [Case(Shape("small", 256, 256, n), 0.75, v, "float32") for n, v in ((64, 32), (64, 64), (1, 64))]
 CPU_CASES += [
     Case(Shape("small", 200, 192, 40), 0.5, 32, "float16"),
@@ -138,8 +139,10 @@ def group_key(case: Case) -> tuple[Any, ...]:
     return case.shape.m, case.shape.k, case.shape.n, case.dtype, case.op, case.inputs
 
 
-def time_group(cases: Sequence[Case], weights: Weights, results: Results, common: dict[str, Any]) -> tuple[str, int]:
-    """Check and time the cases of one group; a line about it, and how many results were wrong."""
+def time_group(
+    cases: Sequence[Case], weights: Weights, results: Results, common: dict[str, Any], loads: Sequence[str]
+) -> tuple[str, int]:
+    """Check and time the cases of one group under these loads; a line about it, and how many results were wrong."""
     first, device = cases[0], weights.device
     shape, dtype = first.shape, first.dtype
     set_bytes = random_tensor(1, 1, dtype, device, 0).element_size() * (shape.m + shape.k) * shape.n
@@ -172,8 +175,7 @@ def time_group(cases: Sequence[Case], weights: Weights, results: Results, common
     common = common | {"name": shape.name, "m": shape.m, "k": shape.k, "n": shape.n, "dtype": dtype, "op": first.op,
                        "inputs": first.inputs}  # fmt: skip
     lines = [
-        time_load(load, subjects, checked, dense_errors, xs[0], results, common | {"load": load})
-        for load in (LOADS if device.startswith("cuda") else LOADS[1:])
+        time_load(load, subjects, checked, dense_errors, xs[0], results, common | {"load": load}) for load in loads
     ]
     title = f"{shape.name} {shape.m}x{shape.k}x{shape.n} {dtype} {first.op} {first.inputs}"
     return "\n    ".join([title, *lines]), wrong
@@ -290,10 +292,11 @@ def cases_of(level: str, device: str) -> list[Case]:
     seen: dict[tuple[Any, ...], Case] = {}
     for case in cases:  # two names may stand for one product: the first one keeps it
         seen.setdefault((*group_key(case), case.sparsity, case.v, case.groups, case.kernel), case)
-    by_matrix: dict[tuple[int, int], list[Case]] = {}
+    by_matrix: dict[tuple[bool, int, int], list[Case]] = {}
     for case in seen.values():
-        by_matrix.setdefault((case.shape.m, case.shape.k), []).append(case)
-    return [case for group in by_matrix.values() for case in group]
+        by_matrix.setdefault((case not in TABLE, case.shape.m, case.shape.k), []).append(case)
+    ordered = sorted(by_matrix.items(), key=lambda item: item[0][0])  # a stable sort
+    return [case for _, group in ordered for case in group]
 
 
 def configs_of(cases: Iterable[Case], capability: tuple[int, int], sm_count: int, gpu: str) -> set[Any]:
@@ -328,15 +331,16 @@ def run(level: str, device: str, out: Path, seconds: float) -> int:
     common = {"gpu": name, "date": datetime.date.today().isoformat()}
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases:
-        groups.setdefault(group_key(case), []).append(case)
+        groups.setdefault((case in TABLE, *group_key(case)), []).append(case)
     weights, matrix, wrong, left_out = Weights(device), None, 0, []
-    for key, members in groups.items():
+    for (is_table, *key), members in groups.items():
         if budget.is_spent:
             left_out.append("x".join(map(str, key[:3])))
             continue
         if key[:2] != matrix:
             weights, matrix = Weights(device), key[:2]
-        line, failed = time_group(members, weights, results, common)
+        loads = LOADS[1:] if not device.startswith("cuda") else LOADS if is_table else LOADS[:1]
+        line, failed = time_group(members, weights, results, common, loads)
         wrong += failed
         print(f"[{budget.used_s:5.1f} s] {line}", flush=True)
     results.close()

@@ -188,3 +188,58 @@ def test_a_spoiled_kernel_is_noticed(what: str, product: tuple[str, list[np.ndar
         except PtxError:
             noticed += 1
     assert noticed > 0
+
+
+# --- a kernel of clusters, spoiled -----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def team() -> tuple[str, list[np.ndarray], np.ndarray]:
+    """The same for the few-column kernel: one cluster of four blocks, three groups."""
+    pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)")
+    from gpu_cases import random_packed
+
+    from shflnb.formats.layout import to_wgmma
+    from shflnb.kernels import compiler
+    from shflnb.kernels.queue import tile_queue
+    from shflnb.kernels.skinny_config import SkinnyConfig
+    from shflnb.kernels.skinny_plan import kernel_spec
+    from shflnb.kernels.spmm_plan import _kernel_arrays
+
+    spec = kernel_spec(SkinnyConfig(32, 4, 4, 4))
+    ptx = compiler.compile_ptx(spec.make(), spec.signature(), "sm_90a", spec.name, spec.threads, 2)
+    packed = random_packed(96, 300, 32, [300, 130, 200], integers=True)
+    (values, columns, rows), first, counts = _kernel_arrays(to_wgmma(packed, 64), packed)
+    x = np.random.default_rng(0).integers(-2, 3, (300, 24)).astype(np.float16)
+    want = packed.to_dense().astype(np.float32) @ x.astype(np.float32)
+    return ptx, [values, columns, tile_queue(first, counts, 1, 1, 1), rows, x], want.astype(np.float16)
+
+
+def multiply_together(ptx: str, arrays: list[np.ndarray], seed: int) -> np.ndarray:
+    machine = Machine(1 << 20, seed)
+    at = [machine.upload(a) for a in arrays]
+    out = machine.reserve(96 * 24 * 2)
+    machine.run(
+        Program(ptx), grid=4, threads=288, smem=80_000, cluster=4, args=[*at, out, 0, 0, 24, 24, 1, 24, 0, 0, 0]
+    )
+    return machine.download(out, 96 * 24 * 2).view(np.float16).reshape(96, 24)
+
+
+SPOILED_TEAM = {
+    "nothing": (r"\Z", ""),
+    "descriptors name the block in its cluster": (r"and\.b32\s+(%r\d+), (%r\d+), 262143;", r"mov.u32 \1, \2;"),
+    "sums do not come": (r"st\.async\S+ [^;]*;", ""),
+    "every rank keeps its sums": (r"mapa\.shared::cluster\.u32 (%r\d+), (%r\d+), [^;]*;", r"mov.u32 \1, \2;"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED_TEAM)
+def test_a_spoiled_cluster_is_noticed(what: str, team: tuple[str, list[np.ndarray], np.ndarray]) -> None:
+    ptx, arrays, want = team
+    spoiled, count = re.subn(*SPOILED_TEAM[what], ptx)
+    assert count > 0
+    noticed = 0
+    for seed in range(1 if what == "nothing" else 6):
+        try:
+            noticed += int((multiply_together(spoiled, arrays, seed) != want).any())
+        except PtxError:
+            noticed += 1
+    assert (noticed > 0) == (what != "nothing")
