@@ -8,7 +8,7 @@ from typing import Any
 from ..formats.shflbw import ShflBWMatrix
 from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
-from .skinny_config import TILE_K, SkinnyConfig, choose_config, room_for
+from .skinny_config import TILE_K, SkinnyConfig, choose_config, config_of, room_for
 from .skinny_turn import PAIRS, TURN_THREADS
 from .spmm_plan import DeviceWeights, device_queue, device_weights, keep, transpose_spec
 
@@ -93,15 +93,18 @@ def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: 
     if plan is None:
         weights = device_weights(packed, context, "sm90", TILE_K, stream)
         tiles = int(weights.counts.sum())
-        config = choose_config(packed.block[0], n, len(weights.counts), tiles, packed.dtype, context.sm_count)
-        config = config.with_epilogue(epilogue)
-        kernel = context.kernel(kernel_spec(config), stream)
-        if config.ranks == 1:
-            clusters = context.sm_count * config.blocks_per_sm
-        else:
+        groups, v = len(weights.counts), packed.block[0]
+        config = choose_config(v, n, groups, tiles, packed.dtype, context.sm_count)
+        clusters = 0
+        if config.ranks > 1:
+            kernel = context.kernel(kernel_spec(config.with_epilogue(epilogue)), stream)
             with context.current():
                 clusters = kernel.max_clusters(config.ranks)
-        clusters = min(clusters, len(weights.counts))
+        if clusters == 0:  # one block each, also where a part of a device has no room for a cluster
+            config = config_of(v, n, 1, packed.dtype, config.blocks_per_sm)
+            kernel = context.kernel(kernel_spec(config.with_epilogue(epilogue)), stream)
+            clusters = context.sm_count * config.blocks_per_sm
+        config, clusters = config.with_epilogue(epilogue), min(clusters, groups)
         queue = device_queue(packed, context, weights, (1, clusters, 1), stream)
         launch_config = kernel.config(clusters, cluster=config.ranks, is_chained=True)
         plan = SkinnyPlan(config, kernel, launch_config, weights, queue)

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)")
 
-from emulated import EmulatedArray, EmulatedDevice, install, turned
+from emulated import EmulatedArray, EmulatedDevice, EmulatedKernel, install, turned
 from gpu_cases import DTYPES, random_packed
 
 from shflnb.kernels import skinny_plan
@@ -151,6 +151,16 @@ def test_groups_outnumber_clusters(v: int, n: int, ranks: int, monkeypatch: pyte
     x = integers(np.random.default_rng(n), (n, 300), "bfloat16")
     y = device.read(device_linear(device.array(x), packed))
     assert (y.T.astype(np.float64) == product(packed, x.T)).all()
+
+
+def test_a_device_without_room_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = install(monkeypatch, EmulatedDevice(4, sm_count=16))
+    monkeypatch.setattr(EmulatedKernel, "max_clusters", lambda self, cluster: 0)
+    packed = random_packed(133, 70, 64, seed=6, integers=True)
+    x = integers(np.random.default_rng(6), (70, 8), "float16")
+    y = device.read(device_matmul(packed, device.array(x)))
+    assert (y.astype(np.float64) == product(packed, x)).all()
+    assert len(device.launched) == 1 and "_r1_" in device.launched[0]
 
 
 def test_a_token_major_result_with_many_values_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
