@@ -209,13 +209,12 @@ def configs(dtype: str = "float16", v: int | None = None) -> list[Config]:
     return [c for each in ((16, 32, 64, 128) if v is None else (v,)) for c in candidates(each, dtype, capability())]
 
 
-def _build(job: tuple[Config, tuple[int, int]]) -> str | None:
+def _build(job: tuple[Any, tuple[int, int]]) -> str | None:
     from shflnb.errors import ShflnbError
-    from shflnb.kernels import compiler
-    from shflnb.kernels.spmm_plan import kernel_spec
+    from shflnb.kernels import compiler, skinny_plan, spmm_plan
 
     config, device = job
-    spec = kernel_spec(config)
+    spec = (spmm_plan if isinstance(config, Config) else skinny_plan).kernel_spec(config)
     try:
         spec.build(compiler.arch_of(device, spec.family))
     except ShflnbError as error:
@@ -223,7 +222,7 @@ def _build(job: tuple[Config, tuple[int, int]]) -> str | None:
     return None
 
 
-def prebuild(wanted: Iterable[Config]) -> None:
+def prebuild(wanted: Iterable[Any]) -> None:
     """Fill the disk cache, on all cores; the tests then only load."""
     jobs = [(config, capability()) for config in dict.fromkeys(wanted)]
     workers = max(1, min(len(os.sched_getaffinity(0)) - 1, len(jobs)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_cases as cases
 
+from shflnb.kernels import skinny_plan
+from shflnb.kernels.skinny_config import config_of
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 from shflnb.reference import judge
 
@@ -80,6 +83,28 @@ def run_calls() -> list[str]:
     return wrong
 
 
+def few_configs() -> list[Any]:
+    """The few-column kernels: every v, number of ranks and room for tokens."""
+    return [
+        config_of(v, n, ranks, "float16", 1 if v == 128 else 2)
+        for v in (16, 32, 64, 128) for ranks in (1, 2, 4, 8) if ranks <= v // 8 for n in (16, 32, 64)
+    ]  # fmt: skip
+
+
+def run_few(config: Any, number: int) -> list[str]:
+    """Three groups, one of them empty, for one or two clusters; n cuts a chunk."""
+    rng = np.random.default_rng(number)
+    n = 8 * config.chunks - 3
+    packed = cases.random_packed(2 * config.v + 3, 150, config.v, [150, 0, 70], seed=number)
+    x = rng.standard_normal((150, n)).astype(np.float16)
+    results = {}
+    with mock.patch.object(skinny_plan, "choose_config", return_value=config):
+        results["matmul"] = device_matmul(packed, on_device(x))
+        results["linear"] = device_linear(on_device(x.T.copy()), packed).T
+    verdicts = {name: judge(host(y, "float16"), packed, x) for name, y in results.items()}
+    return [f"{config.name} {name}: {verdict}" for name, verdict in verdicts.items() if not verdict.holds]
+
+
 def main() -> int:
     configs = cases.configs() + cases.configs("bfloat16")
     epilogues = {None: "identity", "gelu": "gelu", "relu": "relu", "silu": "silu"}
@@ -87,13 +112,17 @@ def main() -> int:
         cases.prebuild(
             [
                 *configs,
+                *few_configs(),
                 *(c.with_epilogue(epilogues[("gelu", "relu", "silu", None)[i % 4]]) for i, c in enumerate(configs)),
             ]
         )
     wrong = [text for number, config in enumerate(configs) for text in run_config(config, number)]
-    wrong += run_calls()
+    wrong += [text for number, config in enumerate(few_configs()) for text in run_few(config, number)] + run_calls()
     torch.cuda.synchronize()
-    print("\n".join(wrong) or f"all products of {len(configs)} configs and of the selection are right")
+    print(
+        "\n".join(wrong)
+        or f"all products of {len(configs) + len(few_configs())} configs and of the selection are right"
+    )
     return int(bool(wrong))
 
 
