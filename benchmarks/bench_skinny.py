@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from bench_spmm import Weights, checked_dense, config_name, sparse_calls
-from cases import Case, Shape, all_shapes
+from cases import LARGE_LAYERS, Case, Shape, all_shapes, few_bar_of
 from matrices import random_tensor
 from protocol import check, measure, rotations
 from records import RESULTS, Budget, Results, machine, results_name, write_machine
@@ -32,25 +32,14 @@ FIELDS = (
     "copy_gbps", "percent_of_copy", "error", "note",
 )  # fmt: skip
 COLUMNS = (1, 2, 4, 8, 16, 32, 64)
-LARGE = ((28672, 4096), (4096, 14336))
 COPY_BYTES = 1 << 30
 
 
 def bar_of(case: Case) -> float | None:
     """The speedup over dense that a float16 case with rotated weights must reach on an H200, or None."""
-    shape, n = (case.shape.m, case.shape.k), case.shape.n
-    if case.v != 64 or case.inputs != "rotated" or case.dtype not in ("float16", "bfloat16"):
+    if case.inputs != "rotated" or case.dtype not in ("float16", "bfloat16"):
         return None
-    if shape in LARGE:
-        if case.sparsity == 0.75:
-            return 3.3 if n <= 16 else 3.0 if n <= 32 else 2.6
-        if case.sparsity == 0.875 and n <= 16:
-            return 5.5
-        if case.sparsity == 0.5 and n <= 32:
-            return 1.7
-    elif shape in ((4096, 4096), (6144, 4096)) and case.sparsity == 0.75 and n <= 16:
-        return 2.2
-    return 1.0 if case.sparsity >= 0.6 else None
+    return few_bar_of(case.shape.m, case.shape.k, case.shape.n, case.sparsity, case.v)
 
 
 def layers() -> list[tuple[str, int, int]]:
@@ -70,7 +59,7 @@ def cases_of(level: str, device: str) -> list[Case]:
             kinds = [(0.75, 64)]
             if level == "full":
                 kinds += [(s, 64) for s in (0.5, 0.6, 0.875)] + [(0.75, 32), (0.75, 128)]
-            elif (m, k) in LARGE:
+            elif (m, k) in LARGE_LAYERS:
                 kinds += [(0.875, 64)] * (n <= 16) + [(0.5, 64)] * (n == 32) + [(0.75, 32), (0.75, 128)] * (n == 8)
             for inputs in ("rotated", "warm"):
                 found += [Case(shape, sparsity, v, op="linear", inputs=inputs) for sparsity, v in kinds]

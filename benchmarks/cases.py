@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BARS", "LOADS", "PEER_SHAPES", "SPARSITIES", "V", "Case", "Shape", "all_shapes", "bar_of", "table_cases"]
+__all__ = ["BARS", "LARGE_LAYERS", "LOADS", "PEER_SHAPES", "SPARSITIES", "V", "Case", "Shape", "all_shapes", "bar_of",
+           "few_bar_of", "table_cases"]  # fmt: skip
 
 LOADS = ("burst", "sustained")
 """How busy the GPU is while products are timed, see `protocol.py`; the bars are judged in bursts."""
@@ -101,6 +102,25 @@ def bar_of(shape_name: str, n: int, sparsity: float, op: str, v: int) -> tuple[f
         if bar is not None:
             return bar if n >= 960 else None
     return None
+
+
+LARGE_LAYERS = ((28672, 4096), (4096, 14336))
+
+
+def few_bar_of(m: int, k: int, n: int, sparsity: float, v: int) -> float | None:
+    """The speedup that a token-major product with few columns and weights from memory must reach, or None."""
+    if v != 64:
+        return None
+    if (m, k) in LARGE_LAYERS:
+        if sparsity == 0.75:
+            return 3.3 if n <= 16 else 3.0 if n <= 32 else 2.6
+        if sparsity == 0.875 and n <= 16:
+            return 5.5
+        if sparsity == 0.5 and n <= 32:
+            return 1.7
+    elif (m, k) in ((4096, 4096), (6144, 4096)) and sparsity == 0.75 and n <= 16:
+        return 2.2
+    return 1.0 if sparsity >= 0.6 else None
 
 
 def table_cases() -> list[Case]:

@@ -27,7 +27,7 @@ PAGES = ("README.md", "docs/performance.md")
 KINDS = {
     "spmm": "*.spmm.csv", "peers": "*.peers.csv", "host": "*.host.csv", "cpu": "cpu_*.csv", "tradeoff": "tradeoff.csv",
     "prune_quality": "prune_quality*.csv", "prune_time": "prune_time_*.csv", "models": "*.models.csv",
-    "ncu": "*.ncu.csv",
+    "skinny": "*.skinny.csv", "ncu": "*.ncu.csv",
 }  # fmt: skip
 """Kind of CSV -> the names of its files in `results/`."""
 BLOCK = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table:\1 -->", flags=re.DOTALL)

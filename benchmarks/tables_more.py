@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from cases import few_bar_of
 from tables import TABLES, Data, absent, markdown, micros, percent, ratio
 
 __all__ = ["ALL_TABLES"]
@@ -104,6 +105,27 @@ def models(data: Data) -> str:
     return markdown(["part", "case", "dtype", "what", "time", "speed-up", "bar", "note"], lines, left=4)
 
 
+def skinny(data: Data) -> str:
+    """Few token-major columns with the weights in device memory, against their bars."""
+    wanted = {"what": "shflnb", "inputs": "rotated", "dtype": "float16"}
+    rows = [r for r in data.of("skinny") if r["speedup"] and all(r[key] == value for key, value in wanted.items())]
+    if not rows:
+        return absent("bench_skinny.py", " on a GPU")
+    lines, met, judged = [], 0, 0
+    for r in sorted(rows, key=lambda r: (int(r["m"]), int(r["k"]), float(r["sparsity"]), int(r["v"]), int(r["n"]))):
+        bar = few_bar_of(int(r["m"]), int(r["k"]), int(r["n"]), float(r["sparsity"]), int(r["v"]))
+        is_met = bar is not None and float(r["speedup"]) >= bar
+        judged, met = judged + (bar is not None), met + is_met
+        lines.append([
+            f"{r['m']} x {r['k']}, n = {r['n']}", percent(r["sparsity"]), r["v"], micros(r["dense_us"]),
+            micros(r["median_us"]), ratio(r["speedup"]), "-" if bar is None else f"{bar:g}x",
+            "-" if bar is None else "met" if is_met else "**missed**", f"{float(r['gbps']):.0f} GB/s",
+            f"{float(r['percent_of_copy']):.0f} %",
+        ])  # fmt: skip
+    header = ["layer", "zeros", "v", "dense", "shflnb", "speed-up", "bar", "verdict", "packed bytes", "of a copy"]
+    return f"{met} of {judged} bars met; {rows[0]['gpu']}, {rows[0]['date']}.\n\n{markdown(header, lines)}"
+
+
 def limits(data: Data) -> str:
     """What the hardware's counters say of a product."""
     rows = data.of("ncu")
@@ -138,5 +160,5 @@ def machines(data: Data) -> str:
 
 ALL_TABLES: dict[str, Callable[[Data], str]] = TABLES | {
     "cpu": cpu, "host": host, "search": search, "search_time": search_time, "models": models,
-    "machines": machines, "limits": limits,
+    "machines": machines, "limits": limits, "skinny": skinny,
 }  # fmt: skip
