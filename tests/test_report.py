@@ -96,8 +96,8 @@ def root(tmp_path: Path) -> Path:
         "percent_of_copy": 85,
     }
     write_csv(results / "testgpu.skinny.csv", SKINNY_FIELDS, [
-        few | {"n": 1, "speedup": 3.353}, few | {"n": 16, "speedup": 2.5}, few | {"n": 1, "inputs": "warm", "speedup": 9},
-        few | {"n": 1, "what": "dense F.linear"},
+        few | {"n": 1, "speedup": 3.353}, few | {"n": 16, "speedup": 2.5},
+        few | {"n": 1, "inputs": "warm", "speedup": 9}, few | {"n": 1, "what": "dense F.linear"},
     ])  # fmt: skip
     write_csv(results / "tradeoff.csv", TRADEOFF_FIELDS, tradeoff)
     quality = [
