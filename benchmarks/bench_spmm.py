@@ -261,12 +261,14 @@ def roof_of(packed: ShflBWMatrix, n: int, moved_bytes: int, device: str) -> tupl
 
 def config_name(packed: ShflBWMatrix, n: int) -> str:
     """Name of the kernel that the launcher chose for n columns, from its records; "" where it keeps none."""
+    from shflnb.kernels.skinny_config import MAX_N, room_for
+
     for key, plan in packed.launch_cache.items():
         if not isinstance(key, tuple) or len(key) < 3:
             continue
         if key[0] == "plan" and key[2] == n and key[4] is None:
             return str(plan.kernel.spec.name)
-        if key[0] == "skinny plan" and key[2] >= n > key[2] // 2 * (key[2] > 16):
+        if key[0] == "skinny plan" and n <= MAX_N and key[2] == room_for(n):
             return str(plan.kernel.spec.name)
     return ""
 

@@ -11,7 +11,7 @@ from .memo import FewColumnsMemo
 from .operands import ALIGNED, HAS_RESIDUAL, is_row_major
 from .skinny_config import stores_directly
 from .skinny_plan import SkinnyRoad, launch_skinny, skinny_plan, turn_of_out, turn_of_x
-from .spmm_plan import Plan, copy_spec, plan_for, transpose_spec
+from .spmm_plan import Plan, copy_spec, plan_for, transpose_flags, transpose_spec
 from .views import DeviceView, current_stream, device_view, new_matrix
 
 __all__ = ["Call", "run", "run_few", "run_linear"]
@@ -50,19 +50,18 @@ class Call:
             return
         is_chained = self.context.has_chaining
         kernel = self.context.kernel(transpose_spec(is_chained), self.stream_handle)
-        flags = (src % 16 == 0 and lds % 8 == 0) | (dst % 16 == 0 and ldd % 8 == 0) << 1 | is_result << 2
+        src_aligned, dst_aligned = src % 16 == 0 and lds % 8 == 0, dst % 16 == 0 and ldd % 8 == 0
+        flags = transpose_flags(src_aligned, dst_aligned, is_result=is_result, is_padded=is_padded)
         fast = ceil_div(rows if is_result else cols, 64)  # the other side holds the tokens
-        flags |= 8 * is_result | 16 * is_padded
         blocks = ceil_div(rows, 64) * ceil_div(cols, 64)
         grid = kernel.config(blocks, is_chained=is_chained)
-        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, fast, int(flags))
+        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, fast, flags)
 
     def plan(
         self, n: int, activation: str | None, bias: tuple[int, int], residual: tuple[int, int], config: Config | None
     ) -> Plan:
         """The launch record for these operands."""
-        plain = activation is None and not bias[0] and not residual[0]
-        epilogue = "plain" if plain else activation or "identity"
+        epilogue = epilogue_of(activation, bool(bias[0] or residual[0]))
         return plan_for(self.packed, self.context, n, epilogue, self.stream_handle, config)
 
     def product(self, x: int, ldx: int, out: int, ldo: int, n: int, bias: tuple[int, int], residual: tuple[int, int],
@@ -92,8 +91,13 @@ class Call:
         return target, ld, owner
 
 
+def epilogue_of(activation: str | None, is_added_to: bool) -> str:
+    """Which epilogue a call takes; `is_added_to`: by a bias or a residual."""
+    return activation or ("identity" if is_added_to else "plain")
+
+
 def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residual: Any, activation: str | None,
-            out_shape: tuple[int, ...]) -> FewColumnsMemo | None:  # fmt: skip
+            out_shape: tuple[int, ...]) -> FewColumnsMemo:  # fmt: skip
     """The product with few columns between checked operands.
 
     Each is (address, features, tokens, feature stride, token stride). The memo is for an x and a result of these
@@ -101,8 +105,8 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
     """
     context, stream = call.context, call.stream_handle
     m, k = call.packed.shape
-    plain = activation is None and not bias[0] and residual is None
-    plan = skinny_plan(call.packed, context, n, "plain" if plain else activation or "identity", stream)
+    epilogue = epilogue_of(activation, bool(bias[0]) or residual is not None)
+    plan = skinny_plan(call.packed, context, n, epilogue, stream)
     address, _, _, feature_stride, token_stride = x
     turn_in, ldx = None, feature_stride
     if (n > 1 and token_stride != 1) or address % 16 or feature_stride % 8 or not n <= feature_stride < 2**31:
@@ -116,7 +120,7 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
     works = [new_matrix(1, values, call.like, call.packed.dtype) if values else None for values in road.work_values]
     at = [0 if work is None else device_view(work, what="workspace").address for work in works]
     launch_skinny(road, stream, address, out[0], (at[0], at[1]), bias[0], 0 if residual is None else residual[0])
-    return FewColumnsMemo(road, out_shape) if residual is None else None
+    return FewColumnsMemo(road, out_shape)
 
 
 def run(call: Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res_rows: Any, activation: str | None,

@@ -7,14 +7,20 @@ from dataclasses import dataclass, replace
 from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
-__all__ = ["MAX_N", "TILE_K", "SkinnyConfig", "choose_config", "config_of", "memory_us", "predict_us",
-           "room_for", "stores_directly"]  # fmt: skip
+__all__ = ["BARRIER_BYTES", "ID_SLOTS", "MAX_N", "STITCHERS", "TILE_K", "SkinnyConfig", "choose_config", "config_of",
+           "memory_us", "predict_us", "room_for", "stores_directly"]  # fmt: skip
 
 MAX_N = 64
 """Columns that the kernel has room for."""
 
 TILE_K = 64
 """Kept columns of a stage."""
+
+STITCHERS, ID_SLOTS = 4, 8
+"""Warps that stitch x, and stages of column ids that each keeps in shared memory, a power of two."""
+
+BARRIER_BYTES = 512
+"""Shared memory of the barriers."""
 
 MEMORY_BYTES_PER_US = 31_800.0
 """Bytes that a multiprocessor's share of device memory delivers: 4.2 TB/s over 132 of them (H200, 2026-11-22)."""
@@ -54,7 +60,7 @@ class SkinnyConfig:
             raise ArgumentError(f"epilogue is {self.epilogue!r}; expected one of {EPILOGUES}")
         if self.blocks_per_sm not in (1, 2) or not 4 <= self.stages <= 20:
             raise ArgumentError(f"{self.blocks_per_sm} blocks, {self.stages} stages; expected 1 or 2, and 4 to 20")
-        room = (SMEM_LIMIT[90] + 1024) // self.blocks_per_sm - 1024
+        room = _smem_room(self.blocks_per_sm)
         if self.smem_bytes > room:
             raise ArgumentError(f"{self.smem_bytes} bytes of shared memory; {self.blocks_per_sm} blocks have {room}")
 
@@ -90,13 +96,13 @@ class SkinnyConfig:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: 4 warps multiply, 4 stitch x, one copies weights."""
-        return 288
+        """Threads of a block: 4 warps multiply, others stitch x, one copies weights."""
+        return 32 * (4 + STITCHERS + 1)
 
     @property
     def ids_bytes(self) -> int:
-        """Shared memory of the column ids on their way: 8 stages for each stitching warp."""
-        return 4 * 8 * TILE_K * 4
+        """Shared memory of the column ids on their way, for all stitching warps."""
+        return STITCHERS * ID_SLOTS * TILE_K * 4
 
     @property
     def exchange_bytes(self) -> int:
@@ -106,7 +112,7 @@ class SkinnyConfig:
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block, in bytes."""
-        return self.stages * self.stage_bytes + 512 + self.ids_bytes + self.exchange_bytes
+        return self.stages * self.stage_bytes + BARRIER_BYTES + self.ids_bytes + self.exchange_bytes
 
     @property
     def name(self) -> str:
@@ -120,6 +126,11 @@ class SkinnyConfig:
         return self if epilogue == self.epilogue else replace(self, epilogue=epilogue)
 
 
+def _smem_room(blocks_per_sm: int) -> int:
+    """Bytes of shared memory a block has where so many share a multiprocessor; each also costs 1 KiB of it."""
+    return (SMEM_LIMIT[90] + 1024) // blocks_per_sm - 1024
+
+
 def room_for(n: int) -> int:
     """Tokens that a stitched row has room for."""
     return next(tokens for tokens in (16, 32, 64) if n <= tokens)
@@ -128,8 +139,8 @@ def room_for(n: int) -> int:
 def config_of(v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int) -> SkinnyConfig:
     """The kernel for n columns and this many ranks, with as many stages as fit."""
     base = SkinnyConfig(v, room_for(n) // 8, ranks, 4, dtype, blocks_per_sm=1)
-    room = (SMEM_LIMIT[90] + 1024) // blocks_per_sm - 1024
-    stages = min(20, (room - 512 - base.ids_bytes - base.exchange_bytes) // base.stage_bytes)
+    rest = base.smem_bytes - base.stages * base.stage_bytes
+    stages = min(20, (_smem_room(blocks_per_sm) - rest) // base.stage_bytes)
     return replace(base, stages=stages, blocks_per_sm=blocks_per_sm)
 
 

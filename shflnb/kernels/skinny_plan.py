@@ -10,7 +10,7 @@ from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .skinny_config import TILE_K, SkinnyConfig, choose_config, config_of, room_for
 from .skinny_turn import PAIRS, TURN_THREADS
-from .spmm_plan import DeviceWeights, device_queue, device_weights, keep, transpose_spec
+from .spmm_plan import DeviceWeights, device_queue, device_weights, keep, transpose_flags, transpose_spec
 
 __all__ = ["SkinnyPlan", "SkinnyRoad", "kernel_spec", "launch_skinny", "skinny_plan", "turn_of_out", "turn_of_x",
            "turn_spec"]  # fmt: skip
@@ -130,7 +130,7 @@ def turn_of_out(context: DeviceContext, n: int, m: int, address: int, token_stri
     tiles = ceil_div(m, 64)
     aligned = address % 16 == 0 and token_stride % 8 == 0
     launch_config = kernel.config(tiles * ceil_div(n, 64), is_chained=context.has_chaining)
-    return kernel, launch_config, token_stride, tiles, 1 | aligned << 1 | 12
+    return kernel, launch_config, token_stride, tiles, transpose_flags(True, aligned, is_result=True)
 
 
 def launch_skinny(

@@ -29,7 +29,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from .config import CORE_BYTES
+from .config import CORE_BYTES, SWIZZLE_128B
 from .ptx import (
     bulk_copy_g2s,
     cp_async_16,
@@ -55,17 +55,15 @@ from .ptx import (
     wgmma_wait,
 )
 from .ptx_cluster import cluster_arrive_relaxed, cluster_wait, grid_launch_dependents, grid_wait
-from .skinny_config import TILE_K, SkinnyConfig
+from .skinny_config import BARRIER_BYTES, ID_SLOTS, STITCHERS, TILE_K, SkinnyConfig
 from .skinny_exchange import make_finish
 
 __all__ = ["make_skinny_wgmma"]
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
 
-STITCHERS = 4
-ID_SLOTS = 8  # stages of column ids that a stitching warp keeps in shared memory, a power of two
-IDS_AHEAD = 5  # of its stages between the fetch of ids and their use; the slots must outnumber it by two
-SWIZZLE_BITS = {2: 3 << 62, 4: 2 << 62, 8: 1 << 62}
+IDS_AHEAD = 5  # of a stitching warp's stages between the fetch of ids and their use; the slots must outnumber it by two
+SWIZZLE_BITS = {2: 3 << 62, 4: 2 << 62, 8: SWIZZLE_128B}
 
 
 def make_own_tiles(config: SkinnyConfig) -> Callable[..., Any]:
@@ -247,7 +245,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     """
     stages, stage_bytes, ranks, token_warps = config.stages, config.stage_bytes, config.ranks, config.token_warps
     registers, barriers = config.v // 2, stages * stage_bytes
-    id_rings = barriers + 512
+    id_rings = barriers + BARRIER_BYTES
     exchange = id_rings + config.ids_bytes
     own_tiles, stream_weights, stitch = make_own_tiles(config), make_stream_weights(config), make_stitch(config)
     multiply, (begin, finish, row_values) = make_multiply(config), make_finish(config)

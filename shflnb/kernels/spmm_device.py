@@ -33,7 +33,7 @@ from .operands import (
     turned,
 )
 from .select import has_few_columns
-from .spmm_plan import keep, transpose_spec
+from .spmm_plan import keep, transpose_flags, transpose_spec
 from .views import device_view, new_matrix
 
 __all__ = ["device_linear", "device_matmul", "device_transpose", "linear", "matmul"]
@@ -91,7 +91,7 @@ def device_matmul(
     call = Call(packed, x, view)
     if config is None and has_few_columns(n, call.context.capability):
         few = run_few(call, rows, out_rows, n, bias_at, res_rows, activation, out_shape)
-        if quick and few is not None:
+        if quick:
             keep(packed, memo_key("matmul", x, bias, activation), few)
         return result
     keep_x, ldx = run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
@@ -200,7 +200,8 @@ def _linear_memo(
     return LinearMemo(
         call.context, turn, turn_in, turn_out, plan.kernel, plan.launch_config, plan.head,
         n=n, ld=ceil_div(n, 8) * 8, k=k, m=m, token_stride=k, k_tiles=ceil_div(k, 64), m_tiles=ceil_div(m, 64),
-        turn_in_flags=(k % 8 == 0) | 18, turn_out_flags=1 | (m % 8 == 0) << 1 | 12, out_shape=out_shape,
+        turn_in_flags=transpose_flags(k % 8 == 0, True, is_padded=True),
+        turn_out_flags=transpose_flags(True, m % 8 == 0, is_result=True), out_shape=out_shape,
         flags=bias[1] | ALIGNED,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from .remembered import load as remembered_entries
 from .select import Choice, choose, sweep_of
 
 __all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "keep", "kernel_spec", "plan_for",
-           "problem_of", "transpose_spec"]  # fmt: skip
+           "problem_of", "transpose_flags", "transpose_spec"]  # fmt: skip
 
 PLANS_KEPT = 1024  # launch records a packed matrix keeps; a model whose batch changes at every call stays bounded
 NO_ROW = np.uint32(0xFFFFFFFF)
@@ -74,6 +74,11 @@ def transpose_spec(is_chained: bool) -> KernelSpec:
 
     name = "shflnb_transpose_chained" if is_chained else "shflnb_transpose"
     return KernelSpec(name, name, "transpose", lambda: make_transpose(is_chained), 8, TRANSPOSE_THREADS)
+
+
+def transpose_flags(src_aligned: bool, dst_aligned: bool, *, is_result: bool = False, is_padded: bool = False) -> int:
+    """The transpose kernel's flags, see `transpose.py`."""
+    return src_aligned | dst_aligned << 1 | 12 * is_result | is_padded << 4
 
 
 def copy_spec() -> KernelSpec:

@@ -260,11 +260,15 @@ class _Work:
             return set(self.names)
         stand_ins: dict[tuple[Any, ...], ShflLinear] = {}
 
+        layers: dict[str, ShflLinear] = {}
+
         def measure(name: str, layout: Plan) -> Times:
             facts = facts_of(self.model.get_submodule(name))
-            budget = str(self.options.prune.get("budget", "layer"))
-            layer = stand_in(facts, self.options.block, self.sparsities[name], stand_ins, budget)
-            return self.timer.times(name, facts, layer, self.seen.tokens(name), layout)
+            if name not in layers:
+                layers[name] = stand_in(
+                    facts, self.options.block, self.sparsities[name], stand_ins, self.options.budget
+                )
+            return self.timer.times(name, facts, layers[name], self.seen.tokens(name), layout)
 
         _, times = decide(self.seen, set(self.names), self.options, measure)
         for name, found in times.items():

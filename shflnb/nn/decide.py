@@ -58,6 +58,11 @@ class Options:
         if self.tokens < 1:
             raise ArgumentError(f"tokens is {self.tokens}; expected at least 1")
 
+    @property
+    def budget(self) -> str:
+        """How the kept weights of a layer are spread over its groups."""
+        return str(self.prune.get("budget", "layer"))
+
     def record(self) -> dict[str, Any]:
         """The options as plain data for a report."""
         sparsity = dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity

@@ -150,6 +150,7 @@ class _Meter:
         self.model, self.seen, self.options, self.place, self.wanted = model, seen, options, device, dtype
         self.timer = Timer(options.timing)
         self.stand_ins: dict[tuple[Any, ...], ShflLinear] = {}
+        self.layers: dict[str, ShflLinear] = {}
         self.dense: dict[tuple[Any, ...], Facts] = {}
         self.device = device_name(device)
         first = next(model.parameters(), torch.empty(0))
@@ -187,9 +188,10 @@ class _Meter:
     def times(self, name: str, layout: Plan) -> Times:
         """Times of the layer as the plan has it."""
         facts = self.facts(name)
-        budget = str(self.options.prune.get("budget", "layer"))
-        layer = stand_in(facts, self.options.block, sparsity_of(name, self.options), self.stand_ins, budget)
-        return self.timer.times(name, facts, layer, self.seen.tokens(name), layout)
+        if name not in self.layers:
+            sparsity = sparsity_of(name, self.options)
+            self.layers[name] = stand_in(facts, self.options.block, sparsity, self.stand_ins, self.options.budget)
+        return self.timer.times(name, facts, self.layers[name], self.seen.tokens(name), layout)
 
     def model_us(self, example_inputs: Any) -> float | None:
         """The dense model's time on its own device, if that is the one measured on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, DeviceError, ShflnbError
 from ..formats.shflbw import ShflBWMatrix
@@ -13,6 +13,9 @@ from ..kernels.select import Choice, choose, has_few_columns, roof_us
 from ..kernels.skinny_config import MAX_N, TILE_K, choose_config, memory_us
 from ..kernels.skinny_config import predict_us as predict_few_us
 from ..machine import cpu_name, find_cuda
+
+if TYPE_CHECKING:
+    from ..kernels.launch import KernelSpec
 
 __all__ = ["GPUS", "Explanation", "explain"]
 
@@ -159,7 +162,7 @@ def _explain(
     ordinal: int | None,
 ) -> Explanation:
     from ..kernels import remembered
-    from ..kernels.spmm_plan import problem_of
+    from ..kernels.spmm_plan import kernel_spec, problem_of
 
     problem = problem_of(half, n)
     if has_few_columns(n, capability):
@@ -167,7 +170,9 @@ def _explain(
     table = {**remembered.load(name), **half.launch_cache.get("tuned", {})}
     choice = choose(problem, capability, sm_count, name, table)
     config = choice.config
-    registers, resident = (None, _resident(config, capability)) if ordinal is None else _ask(config, ordinal)
+    registers, resident = (
+        (None, _resident(config, capability)) if ordinal is None else _ask(kernel_spec(config), ordinal)
+    )
     tiles = problem.groups * ceil_div(n, config.tile_n)
     blocks = min(tiles, sm_count * config.blocks_per_sm) if config.kernel == "sm90" else tiles
     roof, limit = roof_us(problem, sm_count)
@@ -190,10 +195,12 @@ def _few_columns(
     ordinal: int | None,
 ) -> Explanation:
     """The kernel for few columns reads the packed bytes once: device memory is its roof."""
+    from ..kernels.skinny_plan import kernel_spec
+
     m, k = half.shape
     groups, tiles = half.groups, int((-(-half.counts // TILE_K)).sum())
     config = choose_config(half.v, n, groups, tiles, half.dtype, sm_count)
-    registers, resident = (None, config.blocks_per_sm) if ordinal is None else _ask(config, ordinal, is_few=True)
+    registers, resident = (None, config.blocks_per_sm) if ordinal is None else _ask(kernel_spec(config), ordinal)
     nbytes = half.values.nbytes
     shared = "" if config.ranks == 1 else f", {config.ranks} blocks to a group"
     return Explanation(
@@ -221,15 +228,14 @@ def _resident(config: Config, capability: tuple[int, int]) -> int:
     return max(1, min(config.blocks_per_sm, by_smem, 1536 // config.threads))
 
 
-def _ask(config: Any, ordinal: int, *, is_few: bool = False) -> tuple[int, int]:
+def _ask(spec: KernelSpec, ordinal: int) -> tuple[int, int]:
     """Registers a thread and blocks on a multiprocessor, from the driver."""
-    from ..kernels import skinny_plan, spmm_plan
     from ..kernels.launch import device_context
 
     context = device_context(ordinal)
-    loaded = context.kernel((skinny_plan if is_few else spmm_plan).kernel_spec(config), 0)
+    loaded = context.kernel(spec, 0)
     with context.current():
-        resident = loaded.kernel.occupancy.max_active_blocks_per_multiprocessor(config.threads, config.smem_bytes)
+        resident = loaded.kernel.occupancy.max_active_blocks_per_multiprocessor(spec.threads, spec.smem_bytes)
     return loaded.registers, int(resident)
 
 
