@@ -31,23 +31,25 @@ def make_drain(config: Config, h: int) -> Callable[..., Any]:
 
     def drain(acc, targets, matrix_at, chunk_at, lane, row_low, row_high, bias_low, bias_high, column, n, out,
               residual, ldo, ldr, flags):  # fmt: skip
+        if not plain:  # all 32 at once: nothing between them that keeps the scheduler from overlapping them
+            for e in range(8):
+                a = (h * 8 + e) * 4
+                acc[a] = activation(acc[a] + bias_low)
+                acc[a + 1] = activation(acc[a + 1] + bias_low)
+                acc[a + 2] = activation(acc[a + 2] + bias_high)
+                acc[a + 3] = activation(acc[a + 3] + bias_high)
+            if flags & u32(HAS_RESIDUAL):
+                for e in range(8):
+                    a = (h * 8 + e) * 4
+                    col = u32(column + u32(64 * h + 8 * e) + (lane & u32(3)) * u32(2))
+                    r0, r1 = load_residual(residual, row_low, col, n, ldr, flags)
+                    r2, r3 = load_residual(residual, row_high, col, n, ldr, flags)
+                    acc[a] += r0
+                    acc[a + 1] += r1
+                    acc[a + 2] += r2
+                    acc[a + 3] += r3
         for j in range(4):
             a = (h * 8 + j * 2) * 4
-            if not plain:
-                for e in range(2):
-                    acc[a + 4 * e] = activation(acc[a + 4 * e] + bias_low)
-                    acc[a + 4 * e + 1] = activation(acc[a + 4 * e + 1] + bias_low)
-                    acc[a + 4 * e + 2] = activation(acc[a + 4 * e + 2] + bias_high)
-                    acc[a + 4 * e + 3] = activation(acc[a + 4 * e + 3] + bias_high)
-                if flags & u32(HAS_RESIDUAL):
-                    for e in range(2):
-                        col = u32(column + u32(64 * h + 16 * j + 8 * e) + (lane & u32(3)) * u32(2))
-                        r0, r1 = load_residual(residual, row_low, col, n, ldr, flags)
-                        r2, r3 = load_residual(residual, row_high, col, n, ldr, flags)
-                        acc[a + 4 * e] += r0
-                        acc[a + 4 * e + 1] += r1
-                        acc[a + 4 * e + 2] += r2
-                        acc[a + 4 * e + 3] += r3
             stmatrix_x4(u32(matrix_at + u32(32 * j)), pack(acc[a], acc[a + 1]), pack(acc[a + 2], acc[a + 3]),
                         pack(acc[a + 4], acc[a + 5]), pack(acc[a + 6], acc[a + 7]))  # fmt: skip
         warp_sync()
