@@ -610,6 +610,10 @@ def _action(p: Program, s: Statement) -> Callable[[Warp, np.ndarray | None], Any
         return _multiply(p, s)
     if name == "setp":
         f, a, b = _COMPARE[s.op[1]], p.read(s.args[1], kind), p.read(s.args[2], kind)
+        if s.op[2] == "and":
+            c = p.read(s.args[3], "pred")
+            return lambda w, m: out(w, m, f(a(w), b(w)) & c(w))
+        assert s.op[2] == kind, f"not known: {s.text}"
         return lambda w, m: out(w, m, f(a(w), b(w)))
     if name == "selp":
         a, b, c = p.read(s.args[1], kind), p.read(s.args[2], kind), p.read(s.args[3], "pred")

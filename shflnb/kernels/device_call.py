@@ -9,7 +9,7 @@ from .config import Config, ceil_div
 from .launch import device_context
 from .memo import FewColumnsMemo
 from .operands import ALIGNED, HAS_RESIDUAL, is_row_major
-from .skinny_config import stores_directly
+from .skinny_config import stores_directly, takes_tokens
 from .skinny_plan import SkinnyRoad, launch_skinny, skinny_plan, turn_of_out, turn_of_x
 from .spmm_plan import Plan, copy_spec, plan_for, transpose_flags, transpose_spec
 from .views import DeviceView, current_stream, device_view, new_matrix
@@ -106,10 +106,12 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
     context, stream = call.context, call.stream_handle
     m, k = call.packed.shape
     epilogue = epilogue_of(activation, bool(bias[0]) or residual is not None)
-    plan = skinny_plan(call.packed, context, n, epilogue, stream)
     address, _, _, feature_stride, token_stride = x
-    turn_in, ldx = None, feature_stride
-    if (n > 1 and token_stride != 1) or address % 16 or feature_stride % 8 or not n <= feature_stride < 2**31:
+    token_major = feature_stride == 1 and takes_tokens(n, call.packed.density)
+    plan = skinny_plan(call.packed, context, n, epilogue, stream, token_major=token_major)
+    turn_in, ldx = None, token_stride if token_major else feature_stride
+    is_rows = (n == 1 or token_stride == 1) and address % 16 == 0 and feature_stride % 8 == 0
+    if not (token_major or (is_rows and n <= feature_stride < 2**31)):
         ldx = ceil_div(n, 8) * 8
         turn_in = turn_of_x(context, n, k, address, (token_stride, feature_stride), stream)
     turn_out, ot, of = None, out[4], out[3]

@@ -128,6 +128,12 @@ fence_proxy_async = instruction(
 # --- plain loads and stores ------------------------------------------------------------------------------------------
 ld_global_u16 = instruction("Load 2 bytes.", "ld.global.u16 $0, [$1];", (u64,), "=h,l,~{memory}", types.uint16)
 ld_global_u32 = instruction("Load 4 bytes.", "ld.global.u32 $0, [$1];", (u64,), "=r,l,~{memory}", u32)
+ld_global_v2 = instruction(
+    "Load 8 bytes.", "ld.global.v2.u32 {$0,$1}, [$2];", (u64,), "=r,=r,l,~{memory}", types.UniTuple(u32, 2)
+)
+ld_global_v4 = instruction(
+    "Load 16 bytes.", "ld.global.v4.u32 {$0,$1,$2,$3}, [$4];", (u64,), "=r,=r,=r,=r,l,~{memory}",
+    types.UniTuple(u32, 4))  # fmt: skip
 ld_global_nc_u32 = instruction(
     "Load 4 bytes of read-only data.", "ld.global.nc.u32 $0, [$1];", (u64,), "=r,l", u32)  # fmt: skip
 ld_global_nc_f32 = instruction(

@@ -5,6 +5,7 @@ A new kernel family adds one function to `FAMILIES`; what a family lists here is
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 from .config import EPILOGUES
@@ -12,7 +13,7 @@ from .launch import KernelSpec
 from .select import candidates
 from .skinny_config import config_of
 from .skinny_plan import kernel_spec as skinny_spec
-from .skinny_plan import turn_spec
+from .skinny_plan import turn_in_spec, turn_out_spec
 from .spmm_plan import copy_spec, kernel_spec, transpose_spec
 
 __all__ = ["FAMILIES", "TARGETS", "all_specs", "capability_of"]
@@ -45,16 +46,18 @@ def _moves(arch: str) -> Iterator[KernelSpec]:
 def _few_columns(arch: str) -> Iterator[KernelSpec]:
     """What `skinny_config.choose_config` takes on an H200, and the other numbers of ranks."""
     if arch == "sm_90":
-        yield turn_spec()
+        yield turn_in_spec()
+        yield turn_out_spec()
     if arch != "sm_90a":
         return
     for v in (16, 32, 64, 128):
         for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
             for tokens in (16, 32, 64):
                 for blocks in (1,) if v == 128 else (2, 1) if tokens == 64 else (2,):
-                    for dtype in ("float16", "bfloat16"):
-                        config = config_of(v, tokens, ranks, dtype, blocks)
-                        yield from (skinny_spec(config.with_epilogue(epilogue)) for epilogue in EPILOGUES)
+                    for dtype, token_major in itertools.product(("float16", "bfloat16"), (False, True)):
+                        if not token_major or tokens == 16:
+                            config = config_of(v, tokens, ranks, dtype, blocks, token_major=token_major)
+                            yield from (skinny_spec(config.with_epilogue(epilogue)) for epilogue in EPILOGUES)
 
 
 FAMILIES: tuple[Callable[[str], Iterator[KernelSpec]], ...] = (_products, _few_columns, _moves)

@@ -8,7 +8,8 @@ from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
 __all__ = ["BARRIER_BYTES", "ID_SLOTS", "MAX_N", "STITCHERS", "TILE_K", "SkinnyConfig", "choose_config", "config_of",
-           "memory_us", "predict_us", "room_for", "stores_directly"]  # fmt: skip
+           "memory_us", "predict_us", "room_for", "stores_directly",
+           "takes_tokens"]  # fmt: skip
 
 MAX_N = 64
 """Columns that the kernel has room for."""
@@ -31,8 +32,20 @@ START_US = 2.4
 FILLED = 0.9
 """Share of the multiprocessors that must have work before a group is not split further."""
 
-DIRECT_VALUES = 240_000
-"""Values of a token-major result that are stored one by one; more are turned by a kernel of their own."""
+LONG_TILES = 48
+"""k tiles of a group from which eight blocks share it, if they stitch token-major x."""
+
+TOKENS_SPREAD = 56
+"""Tokens per share of kept columns up to which token-major x is stitched value by value: the fewer columns are kept,
+the fewer of a sector's values are (H100, 2026-11-26)."""
+
+DIRECT_VALUES, DIRECT_FEW_VALUES = 80_000, 400_000
+"""Values of a token-major result that are stored one by one, with 16 columns or more and with fewer; more of them are
+turned by a kernel of their own. L2 takes about 80 such stores a nanosecond, and that kernel costs 1.5 to 3 us (H100,
+2026-11-26)."""
+
+BESIDE_BYTES = 4096
+"""Shared memory of a multiprocessor that products leave to the kernels that turn x and results: 1 KiB a block."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,8 @@ class SkinnyConfig:
     dtype: str = "float16"
     epilogue: str = "plain"
     blocks_per_sm: int = 2
+    token_major: bool = False
+    """Whether x is token-major; else it is feature-major, its rows at 16-byte boundaries."""
 
     def __post_init__(self) -> None:
         if self.v not in (16, 32, 64, 128) or self.chunks not in (2, 4, 8):
@@ -107,7 +122,7 @@ class SkinnyConfig:
     @property
     def exchange_bytes(self) -> int:
         """Shared memory in which the ranks' sums arrive, twice: 512 bytes for 16 tokens by 8 rows."""
-        return 2 * self.v // 8 * self.token_warps * 512 if self.ranks > 1 else 0
+        return 2 * self.v // 8 * self.token_warps * 512 if self.ranks > 1 or self.token_warps < 4 else 0
 
     @property
     def smem_bytes(self) -> int:
@@ -119,7 +134,7 @@ class SkinnyConfig:
         """The kernel's name, as a profiler shows it."""
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
         return (f"shflbw_skinny90_{kind}_v{self.v}_n{8 * self.chunks}_r{self.ranks}_s{self.stages}"
-                f"_b{self.blocks_per_sm}_{self.epilogue}")  # fmt: skip
+                f"_b{self.blocks_per_sm}{'_tokens' if self.token_major else ''}_{self.epilogue}")  # fmt: skip
 
     def with_epilogue(self, epilogue: str) -> SkinnyConfig:
         """The same kernel with another epilogue."""
@@ -128,7 +143,7 @@ class SkinnyConfig:
 
 def _smem_room(blocks_per_sm: int) -> int:
     """Bytes of shared memory a block has where so many share a multiprocessor; each also costs 1 KiB of it."""
-    return (SMEM_LIMIT[90] + 1024) // blocks_per_sm - 1024
+    return (SMEM_LIMIT[90] + 1024 - BESIDE_BYTES) // blocks_per_sm - 1024
 
 
 def room_for(n: int) -> int:
@@ -136,28 +151,35 @@ def room_for(n: int) -> int:
     return next(tokens for tokens in (16, 32, 64) if n <= tokens)
 
 
-def config_of(v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int) -> SkinnyConfig:
+def config_of(
+    v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int, *, token_major: bool = False
+) -> SkinnyConfig:  # fmt: skip
     """The kernel for n columns and this many ranks, with as many stages as fit."""
-    base = SkinnyConfig(v, room_for(n) // 8, ranks, 4, dtype, blocks_per_sm=1)
+    base = SkinnyConfig(v, room_for(n) // 8, ranks, 4, dtype, blocks_per_sm=1, token_major=token_major)
     rest = base.smem_bytes - base.stages * base.stage_bytes
     stages = min(20, (_smem_room(blocks_per_sm) - rest) // base.stage_bytes)
     return replace(base, stages=stages, blocks_per_sm=blocks_per_sm)
 
 
-def choose_config(v: int, n: int, groups: int, tiles: int, dtype: str, sm_count: int) -> SkinnyConfig:
+def choose_config(
+    v: int, n: int, groups: int, tiles: int, dtype: str, sm_count: int, *, token_major: bool = False
+) -> SkinnyConfig:
     """The kernel for a packed matrix of so many groups and k tiles in all, on a device of so many multiprocessors.
 
-    By measurement over layers of language models at 50 to 87.5 % (H200, 2026-11-22): every multiprocessor needs about
-    a group of 64 rows; with up to 16 columns and 16 tiles a group, two ranks are a few percent better than one (their
-    blocks end closer to each other); two blocks share an SM unless a stage is large, or there is one for each anyway.
+    By measurement over layers of language models at 50 to 87.5 % (H200, 2026-11-22; H100, 2026-11-26): every
+    multiprocessor needs about a group of 64 rows; with up to 32 columns and 16 tiles a group, two ranks are a few
+    percent better than one (their blocks end closer to each other), and with token-major x and very long groups eight;
+    two blocks share an SM unless a stage is large, or there is one for each anyway.
     """
     work = groups * v / 64
     ranks = next((r for r in (1, 2, 4) if r * work >= FILLED * sm_count), 8)
-    if ranks == 1 and room_for(n) == 16 and tiles >= 16 * groups:
+    if ranks == 1 and room_for(n) <= 32 and tiles >= 16 * groups:
         ranks = 2
+    if token_major and tiles >= LONG_TILES * groups:
+        ranks = 8
     ranks = min(ranks, v // 8)
     is_wide = v == 128 or (room_for(n) == 64 and ranks * work < 2 * FILLED * sm_count)
-    return config_of(v, n, ranks, dtype, 1 if is_wide else 2)
+    return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major)
 
 
 def memory_us(nbytes: int, sm_count: int) -> float:
@@ -170,9 +192,11 @@ def predict_us(nbytes: int, sm_count: int) -> float:
     return START_US + memory_us(nbytes, sm_count)
 
 
-def stores_directly(m: int, n: int) -> bool:
-    """Whether the product itself stores a token-major result, 2 bytes at a time.
+def takes_tokens(n: int, density: float) -> bool:
+    """Whether the product stitches token-major x itself, at this share of kept columns; else it is turned first."""
+    return n <= 16 and n <= TOKENS_SPREAD * density
 
-    L2 takes about 80 such stores a nanosecond, and a transpose after the product costs 3 to 5 us (H200, 2026-11-22).
-    """
-    return n <= 16 and m * n <= DIRECT_VALUES
+
+def stores_directly(m: int, n: int) -> bool:
+    """Whether the product itself stores a token-major result, 2 bytes at a time."""
+    return m * n <= (DIRECT_VALUES if n >= 16 else DIRECT_FEW_VALUES)

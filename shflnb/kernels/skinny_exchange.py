@@ -6,6 +6,10 @@ sends it to warp w of the others (and to itself), 16 bytes a lane, counted at th
 the order of the ranks, so that the result never changes. There are two buffers with a barrier each, taken in turns: who
 has received a group's sums from all ranks knows that they have read those of the group before; but they need not have
 received all of this one yet, which is why its barrier must not count the next one's bytes.
+
+Storing takes longer than adding: a result's values go to as many places. With fewer than 64 tokens some warps hold
+none, and share the units of those that do, also where there is only one rank. All wait for each other before the next
+group is sent, so that a buffer has been read by then.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from numba.cuda import types
 
 from .epilogue import HAS_RESIDUAL, NO_ROW, make_activation, make_load_bias
 from .ptx import (
+    bar_sync,
     ld_global_nc_v2,
     ld_global_u16,
     mbarrier_arrive_expect_tx,
@@ -27,7 +32,7 @@ from .ptx import (
     unpack_low,
     warp_sync,
 )
-from .ptx_cluster import ld_shared_v4_f32, rank_address, st_async_v4_f32
+from .ptx_cluster import ld_shared_v4_f32, rank_address, st_async_v4_f32, st_shared_v4_f32
 from .skinny_config import SkinnyConfig
 
 __all__ = ["make_finish"]
@@ -72,46 +77,65 @@ def make_finish(config: SkinnyConfig) -> tuple[Callable[..., Any], Callable[...,
     v, ranks, token_warps, octets = config.v, config.ranks, config.token_warps, config.octets
     store_four = make_store_four(config)
     unit_bytes, buffer_bytes = token_warps * 512, config.exchange_bytes // 2
+    helpers = 4 // token_warps  # warps that share the units of 16 tokens
+    shares = max(1, octets // helpers)
 
     @cuda.jit(device=True, forceinline=True)
-    def begin(targets, rows, group, lane, rank):
-        first = u32(group * u32(v) + rank * u32(8 * octets) + (lane & u32(3)) * u32(2))
-        for i in range(octets):
-            two = ld_global_nc_v2(rows + u64(first + u32(8 * i)) * u64(4))
-            targets[2 * i] = two[0]
-            targets[2 * i + 1] = two[1]
+    def begin(targets, rows, group, warp, lane, rank):
+        own = u32(warp // u32(token_warps))
+        first = u32(group * u32(v) + rank * u32(8 * octets) + own * u32(8) + (lane & u32(3)) * u32(2))
+        if own < u32(octets):
+            for i in range(shares):
+                two = ld_global_nc_v2(rows + u64(first + u32(8 * helpers * i)) * u64(4))
+                targets[2 * i] = two[0]
+                targets[2 * i + 1] = two[1]
 
     @cuda.jit(device=True, forceinline=True)
     def finish_alone(acc, targets, exchange, arrived, turn, rank, warp, lane, n, out, ot, of, bias, residual, rt, rf,
                      flags):  # fmt: skip
         token = u32(warp * u32(16) + (lane >> u32(2)))
-        if warp < u32(token_warps):
-            for i in range(octets):
-                store_four(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3], targets[2 * i],
-                           targets[2 * i + 1], token, n, out, ot, of, bias, residual, rt, rf, flags)  # fmt: skip
+        for i in range(octets):
+            store_four(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3], targets[2 * i], targets[2 * i + 1],
+                       token, n, out, ot, of, bias, residual, rt, rf, flags)  # fmt: skip
 
     @cuda.jit(device=True, forceinline=True)
     def finish_together(acc, targets, exchange, arrived, turn, rank, warp, lane, n, out, ot, of, bias, residual, rt, rf,
                         flags):  # fmt: skip
+        place = u32(turn & u32(1))
+        holder = u32(warp % u32(token_warps))  # the warp whose tokens this one finishes
+        signal = u32(arrived + (u32(token_warps) * place + holder) * u32(8))
+        buffer = u32(exchange + place * u32(buffer_bytes) + holder * u32(512) + lane * u32(16))
+        if helpers > 1:
+            bar_sync(u32(1), u32(128))
         if warp < u32(token_warps):
-            place = u32(turn & u32(1))
-            signal = u32(arrived + (u32(token_warps) * place + warp) * u32(8))
-            buffer = u32(exchange + place * u32(buffer_bytes) + warp * u32(512) + lane * u32(16))
-            if lane == u32(0):
-                mbarrier_arrive_expect_tx(signal, u32(ranks * octets * 512))
             own = u32(buffer + rank * u32(octets * unit_bytes))
-            for q in range(ranks):
-                to, there = rank_address(own, u32(q)), rank_address(signal, u32(q))
+            if ranks > 1:
+                if lane == u32(0):
+                    mbarrier_arrive_expect_tx(signal, u32(ranks * octets * 512))
+                for q in range(ranks):
+                    to, there = rank_address(own, u32(q)), rank_address(signal, u32(q))
+                    for i in range(octets):
+                        j = 4 * (q * octets + i)
+                        st_async_v4_f32(
+                            u32(to + u32(i * unit_bytes)), acc[j], acc[j + 1], acc[j + 2], acc[j + 3], there
+                        )
+                warp_sync()
+            else:
                 for i in range(octets):
-                    j = 4 * (q * octets + i)
-                    st_async_v4_f32(u32(to + u32(i * unit_bytes)), acc[j], acc[j + 1], acc[j + 2], acc[j + 3], there)
-            warp_sync()
+                    st_shared_v4_f32(u32(own + u32(i * unit_bytes)), acc[4 * i], acc[4 * i + 1], acc[4 * i + 2],
+                                     acc[4 * i + 3])  # fmt: skip
+        if ranks > 1:
             mbarrier_wait_parity(signal, u32((turn >> u32(1)) & u32(1)))
-            token = u32(warp * u32(16) + (lane >> u32(2)))
-            for i in range(octets):
+        else:
+            bar_sync(u32(1), u32(128))
+        token = u32(holder * u32(16) + (lane >> u32(2)))
+        first = u32(warp // u32(token_warps))
+        if first < u32(octets):
+            for i in range(shares):
                 s0, s1, s2, s3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
                 for q in range(ranks):
-                    four = ld_shared_v4_f32(u32(buffer + u32((q * octets + i) * unit_bytes)))
+                    unit = u32(u32(q * octets + helpers * i) + first)
+                    four = ld_shared_v4_f32(u32(buffer + unit * u32(unit_bytes)))
                     s0 += four[0]
                     s1 += four[1]
                     s2 += four[2]
@@ -119,4 +143,4 @@ def make_finish(config: SkinnyConfig) -> tuple[Callable[..., Any], Callable[...,
                 store_four(s0, s1, s2, s3, targets[2 * i], targets[2 * i + 1], token, n, out, ot, of, bias, residual,
                            rt, rf, flags)  # fmt: skip
 
-    return begin, finish_alone if ranks == 1 else finish_together, 2 * octets
+    return begin, finish_together if config.exchange_bytes else finish_alone, 2 * shares

@@ -9,11 +9,11 @@ from ..formats.shflbw import ShflBWMatrix
 from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .skinny_config import TILE_K, SkinnyConfig, choose_config, config_of, room_for
-from .skinny_turn import PAIRS, TURN_THREADS
-from .spmm_plan import DeviceWeights, device_queue, device_weights, keep, transpose_flags, transpose_spec
+from .skinny_turn import FOURS, TURN_IN_FEATURES, TURN_OUT_FEATURES, TURN_THREADS, make_turn_in, make_turn_out
+from .spmm_plan import DeviceWeights, device_queue, device_weights, keep
 
 __all__ = ["SkinnyPlan", "SkinnyRoad", "kernel_spec", "launch_skinny", "skinny_plan", "turn_of_out", "turn_of_x",
-           "turn_spec"]  # fmt: skip
+           "turn_in_spec", "turn_out_spec"]  # fmt: skip
 
 ARGUMENTS = 15
 
@@ -42,15 +42,16 @@ class SkinnyRoad:
     context: DeviceContext
     plan: SkinnyPlan
     turn_in: tuple[LoadedKernel, Any, int, int, int] | None
-    """Kernel, its launch configuration, the token and feature strides of x and flags; None where x is aligned rows."""
-    turn_out: tuple[LoadedKernel, Any, int, int, int] | None
-    """Kernel, its launch configuration, the token stride of out, columns of tiles and flags; None where the product
+    """Kernel, its launch configuration, the token and feature strides of x and flags; None where the product takes x as
+    it is."""
+    turn_out: tuple[LoadedKernel, Any, int, int] | None
+    """Kernel, its launch configuration, the token stride of out and whether it is aligned; None where the product
     stores to out itself."""
     n: int
     k: int
     m: int
     ldx: int
-    """Distance of the rows of x, or of the x that was turned."""
+    """Distance of the rows of x, or of the x that was turned; of tokens where the product takes token-major x."""
     ot: int
     of: int
     """Token and feature stride of what the product stores to."""
@@ -76,32 +77,36 @@ def kernel_spec(config: SkinnyConfig) -> KernelSpec:
                       config.blocks_per_sm)  # fmt: skip
 
 
-def turn_spec() -> KernelSpec:
+def turn_in_spec() -> KernelSpec:
     """How to build the kernel that turns x."""
-    from .skinny_turn import make_turn_in
-
-    return KernelSpec("shflnb_skinny_turn", "shflnb_skinny_turn", "turn", make_turn_in, 8, TURN_THREADS)
+    return KernelSpec("shflnb_skinny_turn_in", "shflnb_skinny_turn_in", "turn", make_turn_in, 8, TURN_THREADS)
 
 
-def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int) -> SkinnyPlan:
+def turn_out_spec() -> KernelSpec:
+    """How to build the kernel that turns a result."""
+    return KernelSpec("shflnb_skinny_turn_out", "shflnb_skinny_turn_out", "turn", make_turn_out, 7, TURN_THREADS)
+
+
+def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int, *,
+                token_major: bool = False) -> SkinnyPlan:  # fmt: skip
     """The launch record for n columns; built at the first call with as many, in units of 16, then found again.
 
     Raises `CaptureError` when it would have to compile or upload while `stream` is captured.
     """
-    key = ("skinny plan", context.ordinal, room_for(n), epilogue)
+    key = ("skinny plan", context.ordinal, room_for(n), epilogue, token_major)
     plan: SkinnyPlan | None = packed.launch_cache.get(key)
     if plan is None:
         weights = device_weights(packed, context, "sm90", TILE_K, stream)
         tiles = int(weights.counts.sum())
         groups, v = len(weights.counts), packed.block[0]
-        config = choose_config(v, n, groups, tiles, packed.dtype, context.sm_count)
+        config = choose_config(v, n, groups, tiles, packed.dtype, context.sm_count, token_major=token_major)
         clusters = 0
         if config.ranks > 1:
             kernel = context.kernel(kernel_spec(config.with_epilogue(epilogue)), stream)
             with context.current():
                 clusters = kernel.max_clusters(config.ranks)
         if clusters == 0:  # one block each, also where a part of a device has no room for a cluster
-            config = config_of(v, n, 1, packed.dtype, config.blocks_per_sm)
+            config = config_of(v, n, 1, packed.dtype, config.blocks_per_sm, token_major=token_major)
             kernel = context.kernel(kernel_spec(config.with_epilogue(epilogue)), stream)
             clusters = context.sm_count * config.blocks_per_sm
         config, clusters = config.with_epilogue(epilogue), min(clusters, groups)
@@ -117,20 +122,24 @@ def turn_of_x(
 ) -> tuple[LoadedKernel, Any, int, int, int]:
     """`SkinnyRoad.turn_in` for x of these token and feature strides."""
     token_stride, feature_stride = strides
-    kernel = context.kernel(turn_spec(), stream)
-    units = ceil_div(k, 2) * ceil_div(n, 8)
-    blocks = min(2 * context.sm_count, ceil_div(units, TURN_THREADS))
-    pairs = PAIRS if address % 4 == 0 and feature_stride == 1 and (n == 1 or token_stride % 2 == 0) else 0
-    return kernel, kernel.config(blocks, is_chained=True), token_stride, feature_stride, pairs
+    kernel = context.kernel(turn_in_spec(), stream)
+    aligned = address % 8 == 0 and k % 4 == 0 and feature_stride == 1 and (n == 1 or token_stride % 4 == 0)
+    launch_config = _turn_config(context, kernel, ceil_div(k, TURN_IN_FEATURES) * ceil_div(n, 8))
+    return kernel, launch_config, token_stride, feature_stride, FOURS if aligned else 0
 
 
-def turn_of_out(context: DeviceContext, n: int, m: int, address: int, token_stride: int, stream: int) -> Any:
+def turn_of_out(
+    context: DeviceContext, n: int, m: int, address: int, token_stride: int, stream: int
+) -> tuple[LoadedKernel, Any, int, int]:
     """`SkinnyRoad.turn_out` for a token-major result."""
-    kernel = context.kernel(transpose_spec(context.has_chaining), stream)
-    tiles = ceil_div(m, 64)
-    aligned = address % 16 == 0 and token_stride % 8 == 0
-    launch_config = kernel.config(tiles * ceil_div(n, 64), is_chained=context.has_chaining)
-    return kernel, launch_config, token_stride, tiles, transpose_flags(True, aligned, is_result=True)
+    kernel = context.kernel(turn_out_spec(), stream)
+    launch_config = _turn_config(context, kernel, ceil_div(m, TURN_OUT_FEATURES) * ceil_div(n, 8))
+    return kernel, launch_config, token_stride, int(address % 16 == 0 and token_stride % 8 == 0)
+
+
+def _turn_config(context: DeviceContext, kernel: LoadedKernel, units: int) -> Any:
+    """As many blocks as there are units for, but no more than find room beside a product: they wait there."""
+    return kernel.config(min(2 * context.sm_count, ceil_div(units, TURN_THREADS)), is_chained=True)
 
 
 def launch_skinny(
@@ -147,5 +156,5 @@ def launch_skinny(
     launch(stream, plan.launch_config, plan.kernel, *plan.head, x, to, bias, residual, n, road.ldx, road.ot, road.of,
            road.rt, road.rf, road.flags)  # fmt: skip
     if road.turn_out is not None:
-        turn, turn_config, token_stride, tiles, flags = road.turn_out
-        launch(stream, turn_config, turn, to, road.of, out, token_stride, m, n, tiles, flags)
+        turn, turn_config, token_stride, aligned = road.turn_out
+        launch(stream, turn_config, turn, to, road.of, out, token_stride, n, m, aligned)

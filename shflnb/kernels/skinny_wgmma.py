@@ -8,7 +8,7 @@ three things at once:
     warp 8       copies packed weights, 64 kept columns a stage, as far ahead as the ring goes. It does not wait for the
                  kernel before this one in the stream: weights are constants
     warps 4..7   stitch: each takes every fourth stage and copies the rows of x its columns name, 16 bytes (8 tokens) a
-                 thread; x is small and stays in L2
+                 thread; x is small and stays in L2. Of token-major x, two columns a thread, value by value
     warps 0..3   multiply: D[64 tokens, v rows] += x.T @ W, whatever the number of tokens; rows of D for tokens that do
                  not exist hold anything and go nowhere
 
@@ -49,12 +49,21 @@ from .ptx import (
     mbarrier_init_fence,
     mbarrier_wait_parity,
     smem_address,
+    st_shared_v4,
     warp_sync,
     wgmma_commit,
     wgmma_fence,
     wgmma_wait,
 )
-from .ptx_cluster import cluster_arrive_relaxed, cluster_wait, grid_launch_dependents, grid_wait
+from .ptx_cluster import (
+    cluster_arrive_relaxed,
+    cluster_wait,
+    grid_launch_dependents,
+    grid_wait,
+    ld_global_l2_u16_if,
+    ld_shared_u32,
+    low_halves,
+)
 from .skinny_config import BARRIER_BYTES, ID_SLOTS, STITCHERS, TILE_K, SkinnyConfig
 from .skinny_exchange import make_finish
 
@@ -64,6 +73,11 @@ u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
 
 IDS_AHEAD = 5  # of a stitching warp's stages between the fetch of ids and their use; the slots must outnumber it by two
 SWIZZLE_BITS = {2: 3 << 62, 4: 2 << 62, 8: SWIZZLE_128B}
+SWIZZLES = {
+    2: (2, 1),
+    4: (1, 3),
+    8: (0, 7),
+}  # the swizzle of row r is r % 8 of 8 chunks, r // 2 % 4 of 4, r // 4 % 2 of 2
 
 
 def make_own_tiles(config: SkinnyConfig) -> Callable[..., Any]:
@@ -106,14 +120,48 @@ def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
     return stream_weights
 
 
+def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function of a warp: a stage of stitched x from token-major x; lane l has the stage's columns l and l + 32.
+
+    Neighbouring lanes have neighbouring kept columns, so a load of a warp touches few sectors.
+    """
+    chunks, row_bytes = config.chunks, config.row_bytes
+    coarse, mask = SWIZZLES[chunks]
+
+    @cuda.jit(device=True, forceinline=True)
+    def stitch_tokens(stage_at, own_ids, lane, x, n, stride):
+        first, second = ld_shared_u32(own_ids), ld_shared_u32(u32(own_ids + u32(128)))
+        swizzle = u32((lane >> u32(coarse)) & u32(mask))
+        to = u32(stage_at + lane * u32(row_bytes))
+        for pair in range(chunks // 2):
+            if u32(16 * pair) < n:
+                at_first = mad_wide_u32(first, u32(2), x + u64(16 * pair) * stride)
+                at_second = mad_wide_u32(second, u32(2), x + u64(16 * pair) * stride)
+                half = cuda.local.array(32, u32)
+                for t in range(16):  # all loads are on their way before the first value is stored
+                    half[t] = ld_global_l2_u16_if(at_first, first, u32(16 * pair + t), n)
+                    half[16 + t] = ld_global_l2_u16_if(at_second, second, u32(16 * pair + t), n)
+                    at_first += stride
+                    at_second += stride
+                for c in range(2):
+                    chunk_at = u32(to + ((u32(2 * pair + c) ^ swizzle) << u32(4)))
+                    for j in range(2):
+                        h = 16 * j + 8 * c
+                        st_shared_v4(u32(chunk_at + u32(32 * j * row_bytes)), low_halves(half[h], half[h + 1]),
+                                     low_halves(half[h + 2], half[h + 3]), low_halves(half[h + 4], half[h + 5]),
+                                     low_halves(half[h + 6], half[h + 7]))  # fmt: skip
+
+    return stitch_tokens
+
+
 def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function of a warp: the stitched x of every fourth stage."""
     chunks, row_bytes, stages, stage_bytes = config.chunks, config.row_bytes, config.stages, config.stage_bytes
     own_tiles = make_own_tiles(config)
     lane_rows = 2 * chunks  # rows of a stage that a lane copies a chunk of
     fours = lane_rows // 4
-    # the swizzle of row r is r % 8 of 8 chunks, r // 2 % 4 of 4, r // 4 % 2 of 2
-    coarse, mask = {2: (2, 1), 4: (1, 3), 8: (0, 7)}[chunks]
+    coarse, mask = SWIZZLES[chunks]
+    token_major, stitch_tokens = config.token_major, make_stitch_tokens(config)
     slot_bytes, ring_bytes, wait_ids = TILE_K * 4, ID_SLOTS * TILE_K * 4, cp_async_wait[IDS_AHEAD - 1]
 
     def make_copies(cut):
@@ -190,21 +238,26 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
                 coming = u32(coming - u32(1))
                 wait_ids()
                 warp_sync()
-                for q in range(fours):
-                    four = ld_shared_v4(u32(own_ids + slot + u32(16 * q)))
-                    ids[4 * q] = four[0]
-                    ids[4 * q + 1] = four[1]
-                    ids[4 * q + 2] = four[2]
-                    ids[4 * q + 3] = four[3]
-                slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
-                mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
-                to = u32(target + stage * u32(stage_bytes))
-                full_at = u32(full + stage * u32(8))
-                if cut:
-                    copy_cut(to, ids, pitch, x_at, room, beyond)
+                if token_major:
+                    mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
+                    stitch_tokens(u32(base + stage * u32(stage_bytes)), u32(id_ring + slot + lane * u32(4)), lane, x, n,
+                                  ldx * u64(2))  # fmt: skip
+                    mbarrier_arrive(u32(full + stage * u32(8)))
                 else:
-                    copy_whole(to, ids, pitch, x_at, room, beyond)
-                cp_async_mbarrier_arrive_noinc(full_at)
+                    for q in range(fours):
+                        four = ld_shared_v4(u32(own_ids + slot + u32(16 * q)))
+                        ids[4 * q] = four[0]
+                        ids[4 * q + 1] = four[1]
+                        ids[4 * q + 2] = four[2]
+                        ids[4 * q + 3] = four[3]
+                    mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
+                    to = u32(target + stage * u32(stage_bytes))
+                    if cut:
+                        copy_cut(to, ids, pitch, x_at, room, beyond)
+                    else:
+                        copy_whole(to, ids, pitch, x_at, room, beyond)
+                    cp_async_mbarrier_arrive_noinc(u32(full + stage * u32(8)))
+                slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
                 stage = u32(stage + u32(STITCHERS))
                 if stage >= u32(stages):
                     stage = u32(stage - u32(stages))
@@ -241,7 +294,8 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     values, columns: as for `spmm_sm90.py` with tile_k 64. queue: for every turn and cluster a record of four uint32,
     (group, first k tile, k tiles, 0); a cluster walks its column of the queue until a record with no tiles. rows: the
     output row of every packed row, `NO_ROW` for rows that do not exist. x: feature-major, rows `ldx` apart start at
-    16-byte boundaries. out and residual: any token and feature strides. flags: see `epilogue.py`.
+    16-byte boundaries; or with `token_major` tokens `ldx` apart, anywhere. out and residual: any token and feature
+    strides. flags: see `epilogue.py`.
     """
     stages, stage_bytes, ranks, token_warps = config.stages, config.stage_bytes, config.ranks, config.token_warps
     registers, barriers = config.v // 2, stages * stage_bytes
@@ -294,7 +348,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
                 cluster_wait()
             grid_wait()  # before anything is stored: the kernel before may still read it
             while entry[2] > u32(0):
-                begin(targets, rows, entry[0], lane, rank)
+                begin(targets, rows, entry[0], warp, lane, rank)
                 count = own_tiles(entry[1], entry[2], rank)[1]
                 own_queue += turn_bytes
                 entry = ld_global_nc_v4(own_queue)

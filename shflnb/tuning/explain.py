@@ -10,7 +10,7 @@ from ..errors import ArgumentError, DeviceError, ShflnbError
 from ..formats.shflbw import ShflBWMatrix
 from ..kernels.config import Config, ceil_div, smem_limit
 from ..kernels.select import Choice, choose, has_few_columns, roof_us
-from ..kernels.skinny_config import MAX_N, TILE_K, choose_config, memory_us
+from ..kernels.skinny_config import MAX_N, TILE_K, choose_config, memory_us, stores_directly, takes_tokens
 from ..kernels.skinny_config import predict_us as predict_few_us
 from ..machine import cpu_name, find_cuda
 
@@ -199,14 +199,19 @@ def _few_columns(
 
     m, k = half.shape
     groups, tiles = half.groups, int((-(-half.counts // TILE_K)).sum())
-    config = choose_config(half.v, n, groups, tiles, half.dtype, sm_count)
+    token_major = takes_tokens(n, half.density)
+    config = choose_config(half.v, n, groups, tiles, half.dtype, sm_count, token_major=token_major)
     registers, resident = (None, config.blocks_per_sm) if ordinal is None else _ask(kernel_spec(config), ordinal)
     nbytes = half.values.nbytes
     shared = "" if config.ranks == 1 else f", {config.ranks} blocks to a group"
+    turns = [] if token_major else ["x is turned before it"]
+    turns += [] if n == 1 or stores_directly(m, n) else ["the result is turned after it"]
+    layout = f"; token-major: {' and '.join(turns) or 'one kernel, nothing is turned'}"
     return Explanation(
         m=m, k=k, n=n, v=half.v, dtype=half.dtype, density=packed.density, device=name, is_here=ordinal is not None,
         kernel=KERNELS["skinny"], config=config.name,
-        reason=f"up to {MAX_N} columns: the bytes of the weights are the cost{shared}", threads=config.threads,
+        reason=f"up to {MAX_N} columns: the bytes of the weights are the cost{shared}{layout}",
+        threads=config.threads,
         smem_bytes=config.smem_bytes, registers=registers, blocks_per_sm=resident,
         blocks=config.ranks * min(groups, sm_count * config.blocks_per_sm // config.ranks),
         predicted_us=predict_few_us(nbytes, sm_count), roof_us=memory_us(nbytes, sm_count), roof="device memory",

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_cases as cases
 
-from shflnb.kernels import skinny_plan
+from shflnb.kernels import device_call, skinny_plan
 from shflnb.kernels.skinny_config import config_of
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 from shflnb.reference import judge
@@ -84,10 +84,11 @@ def run_calls() -> list[str]:
 
 
 def few_configs() -> list[Any]:
-    """The few-column kernels: every v, number of ranks and room for tokens."""
+    """The few-column kernels: every v, number of ranks, room for tokens and layout of x."""
     return [
-        config_of(v, n, ranks, "float16", 1 if v == 128 else 2)
+        config_of(v, n, ranks, "float16", 1 if v == 128 else 2, token_major=token_major)
         for v in (16, 32, 64, 128) for ranks in (1, 2, 4, 8) if ranks <= v // 8 for n in (16, 32, 64)
+        for token_major in (False, True) if n == 16 or not token_major
     ]  # fmt: skip
 
 
@@ -98,8 +99,13 @@ def run_few(config: Any, number: int) -> list[str]:
     packed = cases.random_packed(2 * config.v + 3, 150, config.v, [150, 0, 70], seed=number)
     x = rng.standard_normal((150, n)).astype(np.float16)
     results = {}
-    with mock.patch.object(skinny_plan, "choose_config", return_value=config):
-        results["matmul"] = device_matmul(packed, on_device(x))
+    with (
+        mock.patch.object(skinny_plan, "choose_config", return_value=config),
+        mock.patch.object(device_call, "takes_tokens", return_value=config.token_major),
+        mock.patch.object(device_call, "stores_directly", return_value=number % 2 == 0),
+    ):
+        if not config.token_major:
+            results["matmul"] = device_matmul(packed, on_device(x))
         results["linear"] = device_linear(on_device(x.T.copy()), packed).T
     verdicts = {name: judge(host(y, "float16"), packed, x) for name, y in results.items()}
     return [f"{config.name} {name}: {verdict}" for name, verdict in verdicts.items() if not verdict.holds]

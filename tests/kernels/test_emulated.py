@@ -16,7 +16,7 @@ pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)"
 from emulated import EmulatedArray, EmulatedDevice, EmulatedKernel, install, turned
 from gpu_cases import DTYPES, random_packed
 
-from shflnb.kernels import skinny_plan
+from shflnb.kernels import device_call, skinny_plan
 from shflnb.kernels.config import Config
 from shflnb.kernels.select import candidates
 from shflnb.kernels.skinny_config import config_of as few_config
@@ -140,16 +140,28 @@ def test_few_columns(v: int, n: int, m: int, k: int, sms: int, ranks: int, monke
         assert device.machine.memory.unwritten_reads == 0
 
 
-@pytest.mark.parametrize(("v", "n", "ranks"), [(64, 16, 4), (32, 64, 2), (64, 30, 8), (16, 9, 1), (128, 40, 2)])
-def test_groups_outnumber_clusters(v: int, n: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+MANY = [
+    # v, n, ranks, whether the product stitches token-major x
+    (64, 16, 4, False), (32, 64, 2, False), (64, 30, 8, False), (16, 9, 1, False), (128, 40, 2, False),
+    (64, 16, 4, True), (32, 7, 2, True), (64, 13, 8, True), (16, 9, 1, True), (128, 1, 2, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("v", "n", "ranks", "token_major"), MANY)
+def test_groups_outnumber_clusters(
+    v: int, n: int, ranks: int, token_major: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One cluster for many groups: buffers and barriers are used again and again; some ranks have no columns."""
     device = install(monkeypatch, EmulatedDevice(1, sm_count=1))
     monkeypatch.setattr(device, "sm_count", ranks)  # one cluster of them
     packed = random_packed(6 * v - 3, 300, v, [300, 0, 64, 1, 130, 200], dtype="bfloat16", seed=v, integers=True)
-    config = few_config(v, n, ranks, "bfloat16", 1)
-    monkeypatch.setattr(skinny_plan, "choose_config", lambda *_: config)
+    config = few_config(v, n, ranks, "bfloat16", 1, token_major=token_major)
+    monkeypatch.setattr(skinny_plan, "choose_config", lambda *_, **__: config)
+    monkeypatch.setattr(device_call, "takes_tokens", lambda n, density: token_major)
     x = integers(np.random.default_rng(n), (n, 300), "bfloat16")
-    y = device.read(device_linear(device.array(x), packed))
+    y = device.read(device_linear(device.array(x, pitch=305), packed))
+    assert any("_tokens_" in name for name in device.launched) == token_major
+    assert device.machine.memory.unwritten_reads == 0
     assert (y.T.astype(np.float64) == product(packed, x.T)).all()
 
 
@@ -163,13 +175,22 @@ def test_a_device_without_room_for_clusters(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(device.launched) == 1 and "_r1_" in device.launched[0]
 
 
-def test_a_token_major_result_with_many_values_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = install(monkeypatch, EmulatedDevice(3, sm_count=3))
-    packed = random_packed(133, 70, 64, seed=5, integers=True)
-    x = integers(np.random.default_rng(5), (20, 70), "float16")
-    y = device.read(device_linear(device.array(x), packed))
-    assert (y.T.astype(np.float64) == product(packed, x.T)).all()
-    assert [name.split("_")[1] for name in device.launched] == ["skinny", "skinny90", "transpose"]
+@pytest.mark.parametrize(("m", "n", "k"), [(133, 20, 70), (136, 32, 72), (1, 17, 9), (70, 11, 64)])
+def test_token_major_operands_are_turned(m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x before and the result behind the product, whole chunks and parts of them, aligned and not."""
+    monkeypatch.setattr(device_call, "takes_tokens", lambda n, density: False)
+    monkeypatch.setattr(device_call, "stores_directly", lambda m, n: False)
+    packed = random_packed(m, k, 64, seed=5, integers=True)
+    x = integers(np.random.default_rng(5), (n, k), "float16")
+    for pitch, shift in ((k, 0), (k + 1, 3), (-(-k // 8) * 8 + 8, 0)):
+        device = install(monkeypatch, EmulatedDevice(3, sm_count=3))
+        packed.launch_cache.clear()
+        out = device.empty(n, m, "float16", pitch=m + pitch - k, shift=shift)
+        y = device.read(device_linear(device.array(x, pitch=pitch, shift=shift), packed, out=out))
+        assert (y.T.astype(np.float64) == product(packed, x.T)).all()
+        names = ["shflnb_skinny_turn_in", "shflnb_skinny_turn_out"]
+        assert [device.launched[0], *device.launched[2:]] == names[: 1 + (m > 1)]
+        assert device.machine.memory.unwritten_reads == 0
 
 
 def test_few_columns_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from shflnb.kernels.config import SMEM_LIMIT
 from shflnb.kernels.registry import all_specs
 from shflnb.kernels.select import has_few_columns
 from shflnb.kernels.skinny_config import (
+    BESIDE_BYTES,
     MAX_N,
     SkinnyConfig,
     choose_config,
@@ -17,6 +18,7 @@ from shflnb.kernels.skinny_config import (
     predict_us,
     room_for,
     stores_directly,
+    takes_tokens,
 )
 from shflnb.kernels.skinny_plan import kernel_spec
 
@@ -42,24 +44,25 @@ def test_as_many_stages_as_fit() -> None:
             for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
                 config = config_of(v, n, ranks, "float16", 1)
                 assert config.chunks * 8 == room_for(n) >= n
-                left = SMEM_LIMIT[90] - config.smem_bytes
+                left = SMEM_LIMIT[90] - BESIDE_BYTES - config.smem_bytes
                 assert left >= 0 and (left < config.stage_bytes or config.stages == 20)
 
 
 def test_every_choice_is_a_kernel_that_the_registry_knows() -> None:
     known = {spec.key for spec in all_specs("sm_90a")}
     for v in (16, 32, 64, 128):
-        for n in (1, 16, 17, 32, 64):
+        for n, token_major in ((1, True), (16, True), (16, False), (17, False), (32, False), (64, False)):
             for groups, tiles in ((1, 1), (16, 256), (64, 256), (64, 3584), (96, 1536), (448, 7168), (448, 3584)):
-                config = choose_config(v, n, groups, tiles, "bfloat16", 132)
-                assert config.dtype == "bfloat16" and kernel_spec(config).key in known
+                config = choose_config(v, n, groups, tiles, "bfloat16", 132, token_major=token_major)
+                assert config.dtype == "bfloat16" and config.token_major == token_major
+                assert kernel_spec(config).key in known
 
 
 @pytest.mark.parametrize(
     ("m", "k", "v", "n", "ranks", "blocks"),
     [
-        # measured best, or within 3 % of it, on one H200 at 75 % (2026-11-22)
-        (28672, 4096, 64, 1, 2, 2), (28672, 4096, 64, 16, 2, 2), (28672, 4096, 64, 32, 1, 2),
+        # measured best, or within 3 % of it, at 75 % on one H200 (2026-11-22) or H100 (2026-11-26)
+        (28672, 4096, 64, 1, 2, 2), (28672, 4096, 64, 16, 2, 2), (28672, 4096, 64, 32, 2, 2),
         (28672, 4096, 64, 64, 1, 2),
         (4096, 14336, 64, 8, 2, 2), (4096, 14336, 64, 32, 2, 2), (4096, 14336, 64, 64, 2, 1), (4096, 4096, 64, 8, 2, 2),
         (6144, 4096, 64, 16, 2, 2), (1024, 4096, 64, 1, 8, 2), (28672, 4096, 128, 16, 2, 1),
@@ -77,11 +80,24 @@ def test_87_percent_is_not_split() -> None:
     assert choose_config(64, 1, 448, 448 * 8, "float16", 132).ranks == 1
 
 
+@pytest.mark.parametrize(
+    ("v", "k", "sparsity", "ranks"),
+    [(64, 14336, 0.75, 8), (64, 14336, 0.875, 2), (16, 14336, 0.5, 2), (64, 4096, 0.75, 2)],
+)
+def test_long_groups_of_token_major_x_are_split_further(v: int, k: int, sparsity: float, ranks: int) -> None:
+    groups = 4096 // v
+    config = choose_config(v, 8, groups, groups * int(k * (1 - sparsity)) // 64, "float16", 132, token_major=True)
+    assert config.ranks == ranks
+
+
 def test_the_crossovers() -> None:
     assert has_few_columns(MAX_N, (9, 0)) and not has_few_columns(MAX_N + 1, (9, 0))
     assert not has_few_columns(1, (8, 0)) and not has_few_columns(1, (10, 0))
-    assert stores_directly(28672, 8) and not stores_directly(28672, 16)
-    assert stores_directly(4096, 16) and not stores_directly(4096, 17)
+    assert stores_directly(28672, 8) and stores_directly(28672, 12) and not stores_directly(28672, 16)
+    assert not stores_directly(131072, 8)
+    assert stores_directly(4096, 16) and not stores_directly(4096, 32)
+    assert takes_tokens(12, 0.25) and not takes_tokens(16, 0.25) and takes_tokens(16, 0.5) and not takes_tokens(17, 1.0)
+    assert takes_tokens(7, 0.125) and not takes_tokens(8, 0.125) and not takes_tokens(1, 0.0)
 
 
 def test_times_are_those_of_memory() -> None:
