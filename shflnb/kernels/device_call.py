@@ -11,7 +11,7 @@ from .memo import FewColumnsMemo
 from .operands import ALIGNED, HAS_RESIDUAL, is_row_major
 from .skinny_config import stores_directly, takes_tokens
 from .skinny_plan import SkinnyRoad, launch_skinny, skinny_plan, turn_of_out, turn_of_x
-from .spmm_plan import Plan, copy_spec, plan_for, transpose_flags, transpose_spec
+from .spmm_plan import Plan, copy_spec, plan_for, transpose_flags, transpose_launch
 from .views import DeviceView, current_stream, device_view, new_matrix
 
 __all__ = ["Call", "run", "run_few", "run_linear"]
@@ -48,14 +48,10 @@ class Call:
         """
         if rows == 0 or cols == 0:
             return
-        is_chained = self.context.has_chaining
-        kernel = self.context.kernel(transpose_spec(is_chained), self.stream_handle)
+        kernel, grid, at_once = transpose_launch(self.context, self.stream_handle, rows, cols)
         src_aligned, dst_aligned = src % 16 == 0 and lds % 8 == 0, dst % 16 == 0 and ldd % 8 == 0
         flags = transpose_flags(src_aligned, dst_aligned, is_result=is_result, is_padded=is_padded)
-        fast = ceil_div(rows if is_result else cols, 64)  # the other side holds the tokens
-        blocks = ceil_div(rows, 64) * ceil_div(cols, 64)
-        grid = kernel.config(blocks, is_chained=is_chained)
-        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, fast, flags)
+        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, at_once, flags)
 
     def plan(
         self, n: int, activation: str | None, bias: tuple[int, int], residual: tuple[int, int], config: Config | None
@@ -107,7 +103,7 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
     m, k = call.packed.shape
     epilogue = epilogue_of(activation, bool(bias[0]) or residual is not None)
     address, _, _, feature_stride, token_stride = x
-    token_major = feature_stride == 1 and takes_tokens(n, call.packed.density)
+    token_major = feature_stride == 1 and takes_tokens(m, k, n, call.packed.density)
     plan = skinny_plan(call.packed, context, n, epilogue, stream, token_major=token_major)
     turn_in, ldx = None, token_stride if token_major else feature_stride
     is_rows = (n == 1 or token_stride == 1) and address % 16 == 0 and feature_stride % 8 == 0

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
-__all__ = ["BARRIER_BYTES", "ID_SLOTS", "MAX_N", "STITCHERS", "TILE_K", "SkinnyConfig", "choose_config", "config_of",
-           "memory_us", "predict_us", "room_for", "stores_directly",
-           "takes_tokens"]  # fmt: skip
+__all__ = ["BARRIER_BYTES", "FOURS", "ID_SLOTS", "MAX_N", "STITCHERS", "TILE_K", "TURN_IN_FEATURES",
+           "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of", "memory_us", "predict_us",
+           "room_for", "stores_directly", "takes_tokens"]  # fmt: skip
 
 MAX_N = 64
 """Columns that the kernel has room for."""
@@ -32,12 +32,22 @@ START_US = 2.4
 FILLED = 0.9
 """Share of the multiprocessors that must have work before a group is not split further."""
 
+TURN_THREADS = 64
+"""Threads of a block of the kernels that turn; 128 are 2 to 3 % slower (H100, 2026-11-26)."""
+
+TURN_IN_FEATURES, TURN_OUT_FEATURES = 4, 8
+"""Features that a thread of them turns."""
+
+FOURS = 1
+"""Flag of the kernel that turns x: features are contiguous, a multiple of four, and each four start at 8-byte
+boundaries."""
+
 LONG_TILES = 48
 """k tiles of a group from which eight blocks share it, if they stitch token-major x."""
 
-TOKENS_SPREAD = 56
+TOKENS_SPREAD, TOKENS_SPREAD_SMALL = 56, 64
 """Tokens per share of kept columns up to which token-major x is stitched value by value: the fewer columns are kept,
-the fewer of a sector's values are (H100, 2026-11-26)."""
+the fewer of a sector's values are. The second where k is small, and m or the number of tokens (H100, 2026-11-26)."""
 
 DIRECT_VALUES, DIRECT_FEW_VALUES = 80_000, 400_000
 """Values of a token-major result that are stored one by one, with 16 columns or more and with fewer; more of them are
@@ -192,9 +202,10 @@ def predict_us(nbytes: int, sm_count: int) -> float:
     return START_US + memory_us(nbytes, sm_count)
 
 
-def takes_tokens(n: int, density: float) -> bool:
+def takes_tokens(m: int, k: int, n: int, density: float) -> bool:
     """Whether the product stitches token-major x itself, at this share of kept columns; else it is turned first."""
-    return n <= 16 and n <= TOKENS_SPREAD * density
+    is_small = k <= 8192 and (n <= 8 or m <= 8192)
+    return n <= 16 and n <= (TOKENS_SPREAD_SMALL if is_small else TOKENS_SPREAD) * density
 
 
 def stores_directly(m: int, n: int) -> bool:

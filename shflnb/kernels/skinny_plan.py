@@ -8,8 +8,17 @@ from typing import Any
 from ..formats.shflbw import ShflBWMatrix
 from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
-from .skinny_config import TILE_K, SkinnyConfig, choose_config, config_of, room_for
-from .skinny_turn import FOURS, TURN_IN_FEATURES, TURN_OUT_FEATURES, TURN_THREADS, make_turn_in, make_turn_out
+from .skinny_config import (
+    FOURS,
+    TILE_K,
+    TURN_IN_FEATURES,
+    TURN_OUT_FEATURES,
+    TURN_THREADS,
+    SkinnyConfig,
+    choose_config,
+    config_of,
+    room_for,
+)
 from .spmm_plan import DeviceWeights, device_queue, device_weights, keep
 
 __all__ = ["SkinnyPlan", "SkinnyRoad", "kernel_spec", "launch_skinny", "skinny_plan", "turn_of_out", "turn_of_x",
@@ -79,12 +88,24 @@ def kernel_spec(config: SkinnyConfig) -> KernelSpec:
 
 def turn_in_spec() -> KernelSpec:
     """How to build the kernel that turns x."""
-    return KernelSpec("shflnb_skinny_turn_in", "shflnb_skinny_turn_in", "turn", make_turn_in, 8, TURN_THREADS)
+
+    def make() -> Any:
+        from .skinny_turn import make_turn_in
+
+        return make_turn_in()
+
+    return KernelSpec("shflnb_skinny_turn_in", "shflnb_skinny_turn_in", "turn", make, 8, TURN_THREADS)
 
 
 def turn_out_spec() -> KernelSpec:
     """How to build the kernel that turns a result."""
-    return KernelSpec("shflnb_skinny_turn_out", "shflnb_skinny_turn_out", "turn", make_turn_out, 7, TURN_THREADS)
+
+    def make() -> Any:
+        from .skinny_turn import make_turn_out
+
+        return make_turn_out()
+
+    return KernelSpec("shflnb_skinny_turn_out", "shflnb_skinny_turn_out", "turn", make, 7, TURN_THREADS)
 
 
 def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int, *,
@@ -139,7 +160,7 @@ def turn_of_out(
 
 def _turn_config(context: DeviceContext, kernel: LoadedKernel, units: int) -> Any:
     """As many blocks as there are units for, but no more than find room beside a product: they wait there."""
-    return kernel.config(min(2 * context.sm_count, ceil_div(units, TURN_THREADS)), is_chained=True)
+    return kernel.config(min(4 * context.sm_count, ceil_div(units, TURN_THREADS)), is_chained=True)
 
 
 def launch_skinny(

@@ -19,16 +19,11 @@ from numba.cuda import types
 
 from .ptx import ld_global_u16, ld_global_v2, ld_global_v4, st_global_u16, st_global_v4
 from .ptx_cluster import grid_launch_dependents, grid_wait, high_halves, ld_global_l2_u16_if, low_halves
+from .skinny_config import FOURS, TURN_THREADS
 
-__all__ = ["FOURS", "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "make_turn_in", "make_turn_out"]
+__all__ = ["make_turn_in", "make_turn_out"]
 
 u16, u32, u64 = types.uint16, types.uint32, types.uint64
-
-TURN_THREADS = 128
-TURN_IN_FEATURES, TURN_OUT_FEATURES = 4, 8  # of a thread
-FOURS = (
-    1  # flag: features of src are contiguous, there are a multiple of four, and each four start at 8-byte boundaries
-)
 
 
 @cuda.jit(device=True, forceinline=True)

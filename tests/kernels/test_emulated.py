@@ -157,7 +157,7 @@ def test_groups_outnumber_clusters(
     packed = random_packed(6 * v - 3, 300, v, [300, 0, 64, 1, 130, 200], dtype="bfloat16", seed=v, integers=True)
     config = few_config(v, n, ranks, "bfloat16", 1, token_major=token_major)
     monkeypatch.setattr(skinny_plan, "choose_config", lambda *_, **__: config)
-    monkeypatch.setattr(device_call, "takes_tokens", lambda n, density: token_major)
+    monkeypatch.setattr(device_call, "takes_tokens", lambda *_: token_major)
     x = integers(np.random.default_rng(n), (n, 300), "bfloat16")
     y = device.read(device_linear(device.array(x, pitch=305), packed))
     assert any("_tokens_" in name for name in device.launched) == token_major
@@ -178,7 +178,7 @@ def test_a_device_without_room_for_clusters(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("m", "n", "k"), [(133, 20, 70), (136, 32, 72), (1, 17, 9), (70, 11, 64)])
 def test_token_major_operands_are_turned(m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """x before and the result behind the product, whole chunks and parts of them, aligned and not."""
-    monkeypatch.setattr(device_call, "takes_tokens", lambda n, density: False)
+    monkeypatch.setattr(device_call, "takes_tokens", lambda *_: False)
     monkeypatch.setattr(device_call, "stores_directly", lambda m, n: False)
     packed = random_packed(m, k, 64, seed=5, integers=True)
     x = integers(np.random.default_rng(5), (n, k), "float16")

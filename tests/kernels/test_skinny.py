@@ -96,8 +96,11 @@ def test_the_crossovers() -> None:
     assert stores_directly(28672, 8) and stores_directly(28672, 12) and not stores_directly(28672, 16)
     assert not stores_directly(131072, 8)
     assert stores_directly(4096, 16) and not stores_directly(4096, 32)
-    assert takes_tokens(12, 0.25) and not takes_tokens(16, 0.25) and takes_tokens(16, 0.5) and not takes_tokens(17, 1.0)
-    assert takes_tokens(7, 0.125) and not takes_tokens(8, 0.125) and not takes_tokens(1, 0.0)
+    small, long = (4096, 4096), (4096, 14336)
+    assert takes_tokens(*small, 16, 0.25) and not takes_tokens(*small, 17, 1.0) and takes_tokens(*small, 8, 0.125)
+    assert takes_tokens(*long, 14, 0.25) and not takes_tokens(*long, 16, 0.25) and takes_tokens(*long, 16, 0.5)
+    assert takes_tokens(28672, 4096, 8, 0.125) and not takes_tokens(28672, 4096, 16, 0.25)
+    assert not takes_tokens(*small, 1, 0.0)
 
 
 def test_times_are_those_of_memory() -> None:
