@@ -1,7 +1,7 @@
 """How much faster than the dense library is the sparse product? GEMM shapes x sparsity x v.
 
     python benchmarks/bench_spmm.py --quick --out DIR     the cases that have a bar, about a minute on an H200
-    python benchmarks/bench_spmm.py --full --out DIR      these, then all of shapes.json, in bursts
+    python benchmarks/bench_spmm.py --full --out DIR      these, then all of shapes.json, in bursts, fewer samples
     python benchmarks/bench_spmm.py --device cpu          a few small cases with the host's clock
     python -m pytest benchmarks/bench_spmm.py --benchmark-only
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from cases import LOADS, SPARSITIES, Case, Shape, V, all_shapes, bar_of, table_cases
 from matrices import dense_of, random_packed, random_tensor
-from protocol import Timing, check, device_clock, eager_us, feed, measure, rotations
+from protocol import ROUNDS, Timing, check, device_clock, eager_us, feed, measure, rotations
 from records import RESULTS, Budget, Results, machine, prebuild, results_name, write_machine
 
 import shflnb
@@ -41,6 +41,11 @@ SPREAD = 0.25
 L2_BYTES_PER_US, MEMORY_BYTES_PER_US = 9.4e6, 4.3e6
 """Measured on one H200 (2026-10): gathering 32 MB out of L2, and copying far more than L2 holds."""
 TABLE = frozenset(table_cases())
+REST_ROUNDS = 9
+"""Samples of a case without a bar: with as many as the others have, half of them would not fit into the time."""
+FEW_COLUMNS = 64
+FEW_FIRST = ((4096, 14336), (6144, 4096), (4096, 4096), (28672, 4096))
+"""Layers (m, k) of the language model, in the order in which their products with few columns are measured."""
 CPU_CASES = [Case(Shape("small", 256, 256, n), 0.75, v, "float32") for n, v in ((64, 32), (64, 64), (1, 64))]
 CPU_CASES += [
     Case(Shape("small", 200, 192, 40), 0.5, 32, "float16"),
@@ -140,7 +145,12 @@ def group_key(case: Case) -> tuple[Any, ...]:
 
 
 def time_group(
-    cases: Sequence[Case], weights: Weights, results: Results, common: dict[str, Any], loads: Sequence[str]
+    cases: Sequence[Case],
+    weights: Weights,
+    results: Results,
+    common: dict[str, Any],
+    loads: Sequence[str],
+    rounds: int = ROUNDS,
 ) -> tuple[str, int]:
     """Check and time the cases of one group under these loads; a line about it, and how many results were wrong."""
     first, device = cases[0], weights.device
@@ -175,7 +185,8 @@ def time_group(
     common = common | {"name": shape.name, "m": shape.m, "k": shape.k, "n": shape.n, "dtype": dtype, "op": first.op,
                        "inputs": first.inputs}  # fmt: skip
     lines = [
-        time_load(load, subjects, checked, dense_errors, xs[0], results, common | {"load": load}) for load in loads
+        time_load(load, subjects, checked, dense_errors, xs[0], results, common | {"load": load}, rounds)
+        for load in loads
     ]
     title = f"{shape.name} {shape.m}x{shape.k}x{shape.n} {dtype} {first.op} {first.inputs}"
     return "\n    ".join([title, *lines]), wrong
@@ -189,10 +200,11 @@ def time_load(
     x: torch.Tensor,
     results: Results,
     common: dict[str, Any],
+    rounds: int,
 ) -> str:
     """Time checked products under one load and write their rows; a line about them."""
     shape, device = checked[0][0].shape, str(x.device)
-    timings = measure(subjects, device, load=load)
+    timings = measure(subjects, device, load=load, rounds=rounds)
     best = min((n for n in timings if n.startswith("dense ")), key=lambda n: timings[n].median_us)
     for name in (n for n in timings if n.startswith("dense ")):
         tflops = shape.flops / timings[name].median_us / 1e6
@@ -260,17 +272,24 @@ def roof_of(packed: ShflBWMatrix, n: int, moved_bytes: int, device: str) -> tupl
 
 
 def config_name(packed: ShflBWMatrix, n: int) -> str:
-    """Name of the kernel that the launcher chose for n columns, from its records; "" where it keeps none."""
+    """Name of the kernel that the launcher chose for n columns, from its records; "" where it keeps none.
+
+    A record's key is (kind of plan, device, columns, ...). One for few columns has room for some number of them, or is
+    for n alone, as n or (n,): of those that fit, the one for the fewest columns counts, and of these the last.
+    """
     from shflnb.kernels.skinny_config import MAX_N, room_for
 
+    found: list[tuple[int, str]] = []
     for key, plan in packed.launch_cache.items():
-        if not isinstance(key, tuple) or len(key) < 3:
+        kind, *rest = key if isinstance(key, tuple) else (key,)
+        if plan is None or not (isinstance(kind, str) and kind.endswith("plan") and len(rest) > 1):
             continue
-        if key[0] == "plan" and key[2] == n and key[4] is None:
-            return str(plan.kernel.spec.name)
-        if key[0] == "skinny plan" and n <= MAX_N and key[2] == room_for(n):
-            return str(plan.kernel.spec.name)
-    return ""
+        is_for_few = kind != "plan"
+        if rest[1] in (n, (n,)) and (is_for_few or rest[3] is None):  # a forced config is not the launcher's choice
+            found.append((n if is_for_few else n + MAX_N, plan.kernel.spec.name))
+        elif is_for_few and n <= MAX_N and rest[1] == room_for(n):
+            found.append((room_for(n), plan.kernel.spec.name))
+    return min(reversed(found), key=lambda one: one[0])[1] if found else ""
 
 
 def eager_call(case: Case, packed: ShflBWMatrix, x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -284,7 +303,7 @@ def eager_call(case: Case, packed: ShflBWMatrix, x: torch.Tensor) -> Callable[[]
 
 
 def cases_of(level: str, device: str) -> list[Case]:
-    """What a level measures, the cases with a bar first, a (m, k) at a time."""
+    """What a level measures, in the order of `rank_of`, a (m, k) at a time."""
     if device == "cpu":
         return CPU_CASES
     cases = table_cases()
@@ -294,11 +313,24 @@ def cases_of(level: str, device: str) -> list[Case]:
     seen: dict[tuple[Any, ...], Case] = {}
     for case in cases:  # two names may stand for one product: the first one keeps it
         seen.setdefault((*group_key(case), case.sparsity, case.v, case.groups, case.kernel), case)
-    by_matrix: dict[tuple[bool, int, int], list[Case]] = {}
+    by_matrix: dict[tuple[int, int, int], list[Case]] = {}
     for case in seen.values():
-        by_matrix.setdefault((case not in TABLE, case.shape.m, case.shape.k), []).append(case)
-    ordered = sorted(by_matrix.items(), key=lambda item: item[0][0])  # a stable sort
-    return [case for _, group in ordered for case in group]
+        by_matrix.setdefault((rank_of(case), case.shape.m, case.shape.k), []).append(case)
+
+    def place(key: tuple[int, int, int]) -> tuple[int, int]:
+        rank, *matrix = key
+        return rank, FEW_FIRST.index(tuple(matrix)) if rank == 1 else 0
+
+    return [case for key in sorted(by_matrix, key=place) for case in by_matrix[key]]  # a stable sort
+
+
+def rank_of(case: Case) -> int:
+    """Its turn, as time may not do for all: what has a bar, few columns, more of the bars' products, the rest."""
+    if case in TABLE:
+        return 0
+    if case.shape.n <= FEW_COLUMNS and (case.shape.m, case.shape.k) in FEW_FIRST:
+        return 1
+    return 2 if group_key(case) in {group_key(c) for c in TABLE} else 3
 
 
 def configs_of(cases: Iterable[Case], capability: tuple[int, int], sm_count: int, gpu: str) -> set[Any]:
@@ -342,7 +374,8 @@ def run(level: str, device: str, out: Path, seconds: float) -> int:
         if key[:2] != matrix:
             weights, matrix = Weights(device), key[:2]
         loads = LOADS[1:] if not device.startswith("cuda") else LOADS if is_table else LOADS[:1]
-        line, failed = time_group(members, weights, results, common, loads)
+        rounds = ROUNDS if is_table else REST_ROUNDS
+        line, failed = time_group(members, weights, results, common, loads, rounds)
         wrong += failed
         print(f"[{budget.used_s:5.1f} s] {line}", flush=True)
     results.close()

@@ -6,6 +6,7 @@ Source: cuSPARSE documentation, "Blocked Ellpack Format" and `cusparseSpMM`.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ INDEX_32I, BASE_ZERO, NO_TRANSPOSE = 2, 0, 0
 SPMM_BLOCKED_ELL_ALG1 = 13
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
     names = ["libcusparse.so.12", "libcusparse.so.13", "libcusparse.so"]
     wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
@@ -30,6 +32,14 @@ def _library() -> ctypes.CDLL:
         except OSError:
             continue
     raise OSError("libcusparse was not found")
+
+
+@functools.cache
+def _handle() -> ctypes.c_void_p:
+    """One for the process: it is never given back."""
+    handle = ctypes.c_void_p()
+    _check(_library().cusparseCreate(ctypes.byref(handle)), "cusparseCreate")
+    return handle
 
 
 def _check(status: int, what: str) -> None:
@@ -46,13 +56,12 @@ class BlockedEll:
     """
 
     def __init__(self, columns: torch.Tensor, values: torch.Tensor, k: int, order: str) -> None:
-        self.lib = _library()
+        self.lib, self.handle = _library(), _handle()
         block_rows, blocks, block, _ = values.shape
         self.m, self.k = block_rows * block, k
         self.columns = columns.contiguous()
         self.values = (values.transpose(1, 2) if order == "rows" else values).contiguous()
-        self.handle, self.matrix = ctypes.c_void_p(), ctypes.c_void_p()
-        _check(self.lib.cusparseCreate(ctypes.byref(self.handle)), "cusparseCreate")
+        self.matrix = ctypes.c_void_p()
         _check(
             self.lib.cusparseCreateBlockedEll(
                 ctypes.byref(self.matrix), ctypes.c_int64(self.m), ctypes.c_int64(k), ctypes.c_int64(block),

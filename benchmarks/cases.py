@@ -10,8 +10,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BARS", "LARGE_LAYERS", "LOADS", "PEER_SHAPES", "SPARSITIES", "V", "Case", "Shape", "all_shapes", "bar_of",
-           "few_bar_of", "table_cases"]  # fmt: skip
+__all__ = ["BARS", "BAR_CARD", "LARGE_LAYERS", "LOADS", "PEER_SHAPES", "REPEAT_ABOVE_US", "REPEAT_SHARE",
+           "REPEAT_WITHIN", "SPARSITIES", "V", "Case", "Shape", "all_shapes", "bar_of", "few_bar_of",
+           "table_cases"]  # fmt: skip
 
 LOADS = ("burst", "sustained")
 """How busy the GPU is while products are timed, see `protocol.py`; the bars are judged in bursts."""
@@ -78,6 +79,13 @@ BARS: dict[tuple[str, float, str], dict[int, tuple[float, float | None]]] = {
     ("square-4096", 0.75, "linear"): {64: (1.6, 2.0), 128: (2.0, 2.5)},
 }
 """(shape or family, sparsity, op) -> v -> (speedup that must be met, speedup aimed at), fp16 on one H200."""
+
+
+BAR_CARD = "H200"
+"""The card that the bars were set for."""
+
+REPEAT_ABOVE_US, REPEAT_WITHIN, REPEAT_SHARE = 20.0, 0.03, 0.95
+"""From run to run on a card, median times above so many us must agree to within this; this share of them must."""
 
 
 def all_shapes() -> list[Shape]:

@@ -5,27 +5,32 @@ variant against float32, times them and keeps the fastest that is right. Where a
 square blocks) it gets a random matrix of that pattern with the same shape and sparsity: its best case. Peers that take
 any matrix (CSR, the Triton gather) get the Shfl-BW matrix itself.
 
-A peer that cannot run raises; the text of the error goes into the table.
+A peer that cannot run raises; the text of the error goes into the table. What a peer finds out once and uses again (the
+order of Blocked-ELL's values, the tuner's parameters, cuSPARSELt's algorithms) is kept for the life of the process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import Case, Shape
+from cases import PEER_SHAPES, Case, Shape
 from matrices import dense_of, random_packed, random_tensor
+from protocol import check
 
 import shflnb
 
-__all__ = ["GROUPS", "Operands", "Peer", "Variant", "expected"]
+__all__ = ["DTYPE", "GROUPS", "PEER_V", "Operands", "Peer", "Variant", "expected"]
 
 DTYPE = "float16"
+PEER_V = (32, 64, 128)
+"""Group heights that the peers are compared with."""
 
 
 @dataclass
@@ -153,36 +158,17 @@ def cusparselt(o: Operands, _: float) -> list[Variant]:
 
 
 def cusparselt_searched(o: Operands, _: float) -> list[Variant]:
-    """With the algorithm that cuSPARSELt's own search finds."""
+    """With the fastest algorithm for each layout of the operands, see `cusparselt_search.py`."""
+    from cusparselt_search import found_for, layouts, run
+
     sparse, dense = two_of_four(o)
-    packed = sparse.packed
-    found = []
-    for name, x in (("X", o.x), ("X.T.t()", o.xt.t())):
-        for transposed in (False, True):
-            options, text = _search(packed, x, transposed)
-            found.append(
-                Variant(
-                    f"_cslt_sparse_mm(W, {name}{', transposed result' if transposed else ''}), {text}",
-                    lambda x=x, t=transposed, options=options: torch._cslt_sparse_mm(
-                        packed, x, transpose_result=t, **options
-                    ),
-                    dense,
-                    is_token_major=transposed,
-                    capture=False,
-                )
-            )
-    return found
-
-
-def _search(packed: torch.Tensor, x: torch.Tensor, transposed: bool) -> tuple[dict[str, int], str]:
-    """Arguments for the searched algorithm; newer versions of torch search split-k as well."""
-    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
-    if search is not None:
-        alg, split_k, split_k_mode, _ = search(packed, x, None, None, None, transposed)
-        options = {"alg_id": int(alg), "split_k": int(split_k), "split_k_mode": int(split_k_mode)}
-        return options, f"algorithm {alg}, split-k {split_k}"
-    alg = int(torch._cslt_sparse_mm_search(packed, x, transpose_result=transposed))
-    return {"alg_id": alg}, f"algorithm {alg}"
+    variants = []
+    for layout, choice in found_for(o.shape, tuple(PEER_SHAPES)).items():
+        x, is_transposed = layouts(o)[layout]
+        call = functools.partial(run, sparse.packed, x, is_transposed, choice.options)
+        name = f"{layout}, {choice.text}"
+        variants.append(Variant(name, call, dense, is_token_major=is_transposed, capture=False))
+    return variants
 
 
 # -- square blocks ----------------------------------------------------------------------------------------------------
@@ -214,30 +200,34 @@ def bsr(block: int) -> Callable[[Operands, float], list[Variant]]:
     return prepare
 
 
-_BSR_SEEDS: dict[tuple[int, int], dict[str, int]] = {}
-"""What the tuner found last, by (block, n): where it starts on the next shape."""
+_BSR_TUNED: dict[tuple[int, int, bool], dict[str, int]] = {}
+"""What the tuner found, by block, n, and whether k is short; it serves all shapes that agree in these."""
+BSR_START = {"GROUP_SIZE_ROW": 4, "num_stages": 3, "num_warps": 4}
+SHORT_K, TUNE_S = 2048, 20.0
 
 
 def bsr_tuned(block: int) -> Callable[[Operands, float], list[Variant]]:
-    """torch's BSR product with the parameters that torch's own tuner finds for this shape and block at 75 %.
+    """torch's BSR product with the parameters that torch's own tuner finds for this block, n and kind of k at 75 %.
 
-    The tuner runs with two changes, so that it ends within seconds: it looks at neighbours one step away (as shipped
-    two), and it times each candidate for 20 ms (as shipped 100 ms after 500 ms of warming).
+    The tuner runs with four changes, so that it ends within seconds. It begins at the parameters of the last shape, or
+    at `BSR_START` with tiles of 128 columns, and not at one stage; it looks at neighbours one step away (as shipped
+    two); it times each candidate for 20 ms (as shipped 100 ms after 500 ms of warming); after `TUNE_S` seconds it tries
+    no more of them.
     """
-    tuned: dict[Shape, dict[str, int]] = {}
 
     def prepare(o: Operands, sparsity: float) -> list[Variant]:
         from torch.sparse import _triton_ops_meta as meta_module
         from torch.sparse._triton_ops import bsr_dense_addmm
 
-        if o.shape not in tuned:
+        key = (block, o.shape.n, o.shape.k <= SHORT_K)
+        if key not in _BSR_TUNED:
             weight = random_blocks(o, block, 0.75)[1].to_sparse_bsr((block, block))
-            with _quick_tuner(meta_module, _BSR_SEEDS.get((block, o.shape.n))):
-                tuned[o.shape] = meta_module.tune_bsr_dense_addmm(o.out, weight, o.x, beta=0, alpha=1, force=True)
-            if not tuned[o.shape]:
+            with _quick_tuner(meta_module, bsr_start(block, o.shape.n)):
+                found = meta_module.tune_bsr_dense_addmm(o.out, weight, o.x, beta=0, alpha=1, force=True)
+            if not found:
                 raise RuntimeError("torch's tuner found no parameters that run")
-            _BSR_SEEDS[block, o.shape.n] = tuned[o.shape]
-        meta = tuned[o.shape]
+            _BSR_TUNED[key] = found
+        meta = _BSR_TUNED[key]
         _, dense = random_blocks(o, block, sparsity)
         weight = dense.to_sparse_bsr((block, block))
         text = ", ".join(f"{name} {value}" for name, value in sorted(meta.items()))
@@ -250,19 +240,36 @@ def bsr_tuned(block: int) -> Callable[[Operands, float], list[Variant]]:
     return prepare
 
 
+def bsr_start(block: int, n: int) -> dict[str, int]:
+    """Where the tuner begins: at what it found last for this block, with tiles of as many columns."""
+    last = [(key, meta) for key, meta in _BSR_TUNED.items() if key[0] == block]
+    if not last:
+        return BSR_START | {"SPLIT_N": max(1, n // 128)}
+    (_, n_then, _), meta = last[-1]
+    return meta | {"SPLIT_N": max(1, n // (n_then // meta["SPLIT_N"]))}
+
+
 @contextlib.contextmanager
-def _quick_tuner(meta_module: Any, seed: dict[str, int] | None) -> Iterator[None]:
-    """Replace the step and the timer of torch's tuner, and start it at `seed`."""
+def _quick_tuner(meta_module: Any, start: dict[str, int]) -> Iterator[None]:
+    """Replace the first parameters, the step and the timer of torch's tuner, and end it in time."""
     import triton
 
     minimize, do_bench = meta_module.minimize, triton.testing.do_bench
+    deadline = time.perf_counter() + TUNE_S
+    starts, owed = [start], [0]
 
     def near(target: Any, initial: Any, reference: Any, step: Any, **given: Any) -> Any:
         given["max_step"] = 1
-        return minimize(target, seed or initial, reference, step, **given)
+        owed[0] = 2  # the reference and the first parameters, without which it finds nothing
+        return minimize(target, starts.pop() if starts else initial, reference, step, **given)
 
-    meta_module.minimize = near
-    triton.testing.do_bench = lambda call, **_: do_bench(call, warmup=5, rep=20)
+    def brief(call: Any, **_: Any) -> float:
+        owed[0] -= 1
+        if owed[0] < 0 and time.perf_counter() > deadline:  # the tuner leaves out a candidate that raises
+            raise RuntimeError(f"{TUNE_S:g} s of tuning are over")
+        return do_bench(call, warmup=5, rep=20)
+
+    meta_module.minimize, triton.testing.do_bench = near, brief
     try:
         yield
     finally:
@@ -273,7 +280,7 @@ def _quick_tuner(meta_module: Any, seed: dict[str, int] | None) -> Iterator[None
 
 
 def csr(o: Operands, sparsity: float) -> list[Variant]:
-    """torch's CSR product (cuSPARSE) on the Shfl-BW matrix with v = 64, with indices of both widths."""
+    """torch's CSR product (cuSPARSE) on the Shfl-BW matrix with v = 64, 32-bit indices."""
     _, dense = same_matrix(o, 64, sparsity)
     wide = dense.to_sparse_csr()
     narrow = torch.sparse_csr_tensor(
@@ -285,24 +292,42 @@ def csr(o: Operands, sparsity: float) -> list[Variant]:
     ]
 
 
+def ell_operands(o: Operands, block: int, sparsity: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Block columns, the kept blocks (m / block, kept, block, block), and the dense weight."""
+    columns, dense = random_blocks(o, block, sparsity)
+    grid = dense.view(len(columns), block, -1, block).transpose(1, 2)
+    return columns, grid[torch.arange(len(columns), device=o.device)[:, None], columns.long()], dense
+
+
+@functools.cache
+def ell_order(block: int, device: str) -> str:
+    """The order of a block row's values that gives the right result: tried on a small product, once."""
+    from blocked_ell import BlockedEll
+
+    o = Operands(Shape("small", 4 * block, 8 * block, 64), device)
+    columns, values, dense = ell_operands(o, block, 0.5)
+    reference = dense.float() @ o.x.float()
+    for order in ("rows", "blocks"):
+        call = BlockedEll(columns, values, o.shape.k, order).product(o.x, o.out)
+        if check(call, reference, DTYPE, poison=o.out)[1]:
+            return order
+    raise RuntimeError("its result is wrong with either order of the values")
+
+
 def blocked_ell(block: int) -> Callable[[Operands, float], list[Variant]]:
     """cuSPARSE's Blocked-ELL product, operands row-major and column-major."""
 
     def prepare(o: Operands, sparsity: float) -> list[Variant]:
         from blocked_ell import BlockedEll
 
-        columns, dense = random_blocks(o, block, sparsity)
-        rows = len(columns)
-        grid = dense.view(rows, block, -1, block).transpose(1, 2)
-        values = grid[torch.arange(rows, device=o.device)[:, None], columns.long()]
+        order = ell_order(block, o.device)
+        columns, values, dense = ell_operands(o, block, sparsity)
+        ell = BlockedEll(columns, values, o.shape.k, order)
         out_column_major = torch.empty(o.shape.n, o.shape.m, dtype=o.out.dtype, device=o.device).t()
-        found = []
-        for order in ("rows", "blocks"):
-            ell = BlockedEll(columns, values, o.shape.k, order)
-            found.append(Variant(f"row-major, {order}", ell.product(o.x, o.out), dense, capture=False))
-            column_major = ell.product(o.xt.t(), out_column_major)
-            found.append(Variant(f"column-major, {order}", column_major, dense, capture=False))
-        return found
+        return [
+            Variant(f"row-major, {order}", ell.product(o.x, o.out), dense, capture=False),
+            Variant(f"column-major, {order}", ell.product(o.xt.t(), out_column_major), dense, capture=False),
+        ]
 
     return prepare
 
@@ -313,12 +338,11 @@ DENSE = [Peer("cuBLAS W @ X", "dense", dense_feature, 0.0), Peer("cuBLAS F.linea
 
 GROUPS: dict[str, list[Peer]] = {
     "main": [
-        *(Peer(f"shflnb v = {v}", f"Shfl-BW, v = {v}", ours(v)) for v in (32, 64, 128)),
-        *(Peer(f"Triton gather v = {v}", f"Shfl-BW, v = {v}", triton_gather(v)) for v in (32, 64, 128)),
+        *(Peer(f"shflnb v = {v}", f"Shfl-BW, v = {v}", ours(v)) for v in PEER_V),
+        *(Peer(f"Triton gather v = {v}", f"Shfl-BW, v = {v}", triton_gather(v)) for v in PEER_V),
         Peer("cuSPARSELt 2:4", "2 of 4", cusparselt, 0.5),
         *(Peer(f"torch BSR {b}", f"blocks {b} x {b}", bsr(b)) for b in (32, 64, 128)),
     ],
-    # in torch 2.11 on an H200 the search ends in an internal error and takes the CUDA context with it (2026-11-22)
     "searched": [Peer("cuSPARSELt 2:4, searched", "2 of 4", cusparselt_searched, 0.5)],
     "cusparse": [
         Peer("cuSPARSE CSR", "Shfl-BW, v = 64", csr),

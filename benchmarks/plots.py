@@ -1,7 +1,7 @@
 """The figures of docs/performance.md, drawn from the CSVs in `results/` as SVG files that hold a digest of their data.
 
 The digest, not the bytes of the file, says whether a figure is up to date: another version of matplotlib draws the same
-data with other bytes.
+data with other bytes. A figure shows one card, the one whose products were measured last, and names it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tables import V_SHOWN, Data, find, plain
+from tables import V_SHOWN, Data, Row, card_name, find, is_comparable, latest, plain
 
 __all__ = ["FIGURES", "digest_in", "draw"]
 
@@ -30,18 +30,23 @@ PEER_STYLES = {"torch BSR 64, tuned": "x", "torch BSR 128, tuned": "+", "torch B
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
+def products(data: Data) -> list[Row]:
+    """The plain products of the card that was measured last."""
+    return plain(latest(data.of("spmm")))
+
+
 def speedup_data(data: Data) -> dict[str, Series]:
     """Shape -> series (v = ..., or a peer) -> (sparsity, speed-up)."""
     found: dict[str, Series] = {}
-    rows = [r for r in plain(data.of("spmm")) if r["speedup"]]
+    rows = [r for r in products(data) if r["speedup"]]
+    others = [r for r in data.of("peers") if rows and r["gpu"] == rows[0]["gpu"] and is_comparable(r)]
     for m, k, n in SHAPES:
         here: Series = {}
         for r in rows:
             if (int(r["m"]), int(r["k"]), int(r["n"])) == (m, k, n):
                 here.setdefault(f"v = {r['v']}", []).append((float(r["sparsity"]), float(r["speedup"])))
-        for r in data.of("peers"):
-            is_here = (int(r["m"]), int(r["k"]), int(r["n"])) == (m, k, n)
-            if is_here and r["speedup"] and r["peer"] in PEER_STYLES:
+        for r in others:
+            if (int(r["m"]), int(r["k"]), int(r["n"])) == (m, k, n) and r["peer"] in PEER_STYLES:
                 here.setdefault(r["peer"], []).append((float(r["sparsity"]), float(r["speedup"])))
         if here:
             found[f"{m} x {k}, n = {n}"] = {name: sorted(points) for name, points in here.items()}
@@ -51,7 +56,7 @@ def speedup_data(data: Data) -> dict[str, Series]:
 def roof_data(data: Data) -> Series:
     """v = ... -> (TFLOP/s on kept weights at the roof, reached)."""
     found: Series = {}
-    for r in plain(data.of("spmm")):
+    for r in products(data):
         if r["speedup"] and r["roof_us"]:
             kept = 2e-6 * float(r["m"]) * float(r["k"]) * float(r["n"]) * (1 - float(r["sparsity"]))
             found.setdefault(f"v = {r['v']}", []).append((kept / float(r["roof_us"]), kept / float(r["median_us"])))
@@ -61,7 +66,7 @@ def roof_data(data: Data) -> Series:
 def small_n_data(data: Data) -> dict[str, Series]:
     """Layer -> v -> (n, GB/s of weights and activations moved once)."""
     found: dict[str, Series] = {}
-    rows = [r for r in plain(data.of("spmm")) if r["gbps"] and int(r["n"]) <= 64 and float(r["sparsity"]) == 0.75]
+    rows = [r for r in products(data) if r["gbps"] and int(r["n"]) <= 64 and float(r["sparsity"]) == 0.75]
     for m, k in LLM:
         here: Series = {}
         for r in rows:
@@ -75,7 +80,7 @@ def small_n_data(data: Data) -> dict[str, Series]:
 def tradeoff_data(data: Data) -> Series:
     """v = ... -> (retained score of the default search, speed-up at 4096^3 with the same sparsity)."""
     found: Series = {}
-    rows = [r for r in plain(data.of("spmm")) if r["speedup"]]
+    rows = [r for r in products(data) if r["speedup"]]
     kept: dict[tuple[int, float], list[float]] = {}
     for r in data.of("tradeoff"):
         if r["search"] == "refined":
@@ -193,10 +198,13 @@ def draw(name: str, data: Data, folder: Path, *, write: bool) -> tuple[str, bool
     path, found = folder / f"{name}.svg", select(data)
     if not found:
         return "*No figure yet: the CSVs that it is drawn from do not exist.*\n", True
-    digest = _digest(found)
+    card = card_name(products(data)[0]["gpu"], data)
+    digest = _digest([card, found])
     is_current = digest_in(path) == digest
     if write and not is_current:
         folder.mkdir(parents=True, exist_ok=True)
-        paint(found).savefig(path, metadata={"Date": None, "Description": f"data digest {digest}"})
+        figure = paint(found)
+        figure.suptitle(card, x=0.995, ha="right", fontsize=7)
+        figure.savefig(path, metadata={"Date": None, "Description": f"data digest {digest}"})
         is_current = True
-    return f"![{caption}](img/{name}.svg)\n", is_current
+    return f"![{caption}; {card}](img/{name}.svg)\n", is_current

@@ -29,6 +29,7 @@ import torch
 
 __all__ = [
     "ERROR_LIMIT",
+    "ROUNDS",
     "Timing",
     "check",
     "device_clock",

@@ -27,24 +27,25 @@ PAGES = ("README.md", "docs/performance.md")
 KINDS = {
     "spmm": "*.spmm.csv", "peers": "*.peers.csv", "host": "*.host.csv", "cpu": "cpu_*.csv", "tradeoff": "tradeoff.csv",
     "prune_quality": "prune_quality*.csv", "prune_time": "prune_time_*.csv", "models": "*.models.csv",
-    "skinny": "*.skinny.csv", "ncu": "*.ncu.csv",
+    "skinny": "*.skinny.csv", "ncu": "*.ncu.csv", "repeat": "*.repeat.csv",
 }  # fmt: skip
 """Kind of CSV -> the names of its files in `results/`."""
 BLOCK = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table:\1 -->", flags=re.DOTALL)
 
 
 def load(folder: Path) -> Data:
-    """Every CSV and every machine's JSON of a results folder."""
+    """Every CSV and every machine's JSON of a results folder; a row without a date gets that of its machine's JSON."""
     data = Data()
+    for path in sorted(folder.glob("*.machine.json")):
+        data.machines[path.name.removesuffix(".machine.json")] = json.loads(path.read_text(encoding="utf-8"))
     for kind, pattern in KINDS.items():
         rows = []
         for path in sorted(folder.glob(pattern)):
+            date = data.machines.get(path.stem, {}).get("date", "")[:10]
             with path.open(newline="", encoding="utf-8") as file:
-                rows += list(csv.DictReader(file))
+                rows += [row if row.get("date") else row | {"date": date} for row in csv.DictReader(file)]
         if rows:
             data.rows[kind] = rows
-    for path in sorted(folder.glob("*.machine.json")):
-        data.machines[path.name.removesuffix(".machine.json")] = json.loads(path.read_text(encoding="utf-8"))
     return data
 
 

@@ -1,19 +1,22 @@
 """The tables of README.md and docs/performance.md, made from the CSVs in `results/`; Markdown text and nothing else.
 
 Every function takes the rows of all CSVs and returns the block between two markers. Where a CSV is absent the block
-says which program would write it.
+says which program would write it. No table mixes cards: docs/performance.md has a sub-table for each, README shows the
+newest.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cases import BARS, LOADS, PEER_SHAPES, bar_of
+from cases import BAR_CARD, BARS, LOADS, PEER_SHAPES, bar_of
 
-__all__ = ["TABLES", "Data", "absent", "markdown"]
+__all__ = ["TABLES", "Data", "absent", "bars_of", "by_card", "card_name", "is_comparable", "latest", "markdown",
+           "per_card"]  # fmt: skip
 
 Row = dict[str, str]
 V_SHOWN = (32, 64, 128)
@@ -36,6 +39,28 @@ class Data:
     def of(self, kind: str) -> list[Row]:
         """Rows of a kind; empty where no CSV of it exists."""
         return self.rows.get(kind, [])
+
+
+def by_card(rows: Iterable[Row], key: str = "gpu") -> list[list[Row]]:
+    """The rows of each card (the column `key`) apart, the newest measurement first; of equally new ones the largest."""
+    cards: dict[str, list[Row]] = {}
+    for r in rows:
+        cards.setdefault(r[key], []).append(r)
+    newest = [(max(r.get("date") or "" for r in mine), len(mine), mine) for mine in cards.values()]
+    return [mine for *_, mine in sorted(newest, key=lambda found: found[:2], reverse=True)]
+
+
+def latest(rows: Iterable[Row], key: str = "gpu") -> list[Row]:
+    """The rows of the card that was measured last."""
+    return next(iter(by_card(rows, key)), [])
+
+
+def card_name(card: str, data: Data) -> str:
+    """How to call a card, or a processor, whose files are called "nvidia-h100-80gb-hbm3"."""
+    machine = next((found for name, found in data.machines.items() if name.rpartition(".")[0] == card), {})
+    name = machine.get("gpu", {}).get("name") or (machine.get("cpu", {}).get("name") if "gpu" not in machine else None)
+    name = name or (card.upper().replace("-", " ") if card.startswith("nvidia-") else card)
+    return re.sub(r"(\d)GB\b", r"\1 GB", re.sub(r"[ -]HBM\w*", "", name))
 
 
 def absent(script: str, needs: str = "") -> str:
@@ -102,17 +127,27 @@ def find(rows: Iterable[Row], m: int, k: int, n: int, sparsity: float, v: int | 
     return None
 
 
-def conditions(rows: Sequence[Row], data: Data, kind: str) -> str:
-    """One sentence about the GPU and the run."""
-    gpu = rows[0]["gpu"]
-    found = data.machines.get(f"{gpu}.{kind}", {})
-    name = found.get("gpu", {}).get("name", gpu)
+def conditions(rows: Sequence[Row], data: Data, kind: str, key: str = "gpu") -> str:
+    """A few words about the card and the run."""
+    found = data.machines.get(f"{rows[0][key]}.{kind}", {})
     smi = found.get("gpu", {}).get("nvidia_smi", {})
     driver = f", driver {smi['driver_version']}" if smi.get("driver_version") else ""
     torch = found.get("packages", {}).get("torch")
-    dates = sorted({r["date"] for r in rows})
     library = f", torch {torch}" if torch else ""
-    return f"{name}{driver}{library}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+    dates = sorted({r["date"] for r in rows if r.get("date")})
+    when = f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if dates else ""
+    return f"{card_name(rows[0][key], data)}{driver}{library}{when}"
+
+
+def per_card(data: Data, kind: str, part: Callable[[list[Row], str], str], missing: str = "", key: str = "gpu") -> str:
+    """A sub-table for each card. `part` gets a card's rows and their conditions; it returns "" if it needs others."""
+    parts = [part(rows, conditions(rows, data, kind, key)) for rows in by_card(data.of(kind), key)]
+    return "\n".join(text for text in parts if text) or missing
+
+
+def bars_of(rows: Sequence[Row]) -> str:
+    """What the line above judged rows adds for a card that the bars were not set for."""
+    return "" if BAR_CARD.lower() in rows[0]["gpu"].lower() else f"; bars were set for an {BAR_CARD}"
 
 
 # -- GPU --------------------------------------------------------------------------------------------------------------
@@ -120,11 +155,13 @@ def conditions(rows: Sequence[Row], data: Data, kind: str) -> str:
 
 def gpu(data: Data) -> str:
     """README: the headline table."""
-    rows = plain(data.of("spmm"))
+    measured = latest(data.of("spmm"))
+    rows = plain(measured)
     if not rows:
         return absent("bench_spmm.py --full", " on a GPU")
     is_burst = rows[0].get("load") == "burst"
-    sustained = plain(data.of("spmm"), load="sustained") if is_burst else []
+    sustained = plain(measured, load="sustained") if is_burst else []
+    others = [r for r in data.of("peers") if r["gpu"] == rows[0]["gpu"]]
     lines = []
     for m, k, n, sparsities in README_CASES:
         for sparsity in sparsities:
@@ -139,7 +176,7 @@ def gpu(data: Data) -> str:
                     cells[place] += f" ({ratio(long['speedup'])})"
             dense = f"{micros(some['dense_us'])}, {float(some['dense_tflops']):.0f} TFLOP/s"
             lines.append(
-                [product_name(some), percent(str(sparsity)), dense, *cells, best_peer(data, m, k, n, sparsity)]
+                [product_name(some), percent(str(sparsity)), dense, *cells, best_peer(others, m, k, n, sparsity)]
             )
     header = [
         "weight (m x k), columns n",
@@ -155,12 +192,12 @@ def gpu(data: Data) -> str:
     return f"{BASELINE}, float16, device time, warm, {load}; {conditions(rows, data, 'spmm')}.\n\n{text}"
 
 
-def best_peer(data: Data, m: int, k: int, n: int, sparsity: float) -> str:
+def best_peer(rows: Iterable[Row], m: int, k: int, n: int, sparsity: float) -> str:
     """The fastest other sparse library at the same sparsity."""
     found = [
-        r for r in data.of("peers")
+        r for r in rows
         if (int(r["m"]), int(r["k"]), int(r["n"]), float(r["sparsity"])) == (m, k, n, sparsity)
-        and r["speedup"] and not r["peer"].startswith(("shflnb", "Triton gather"))
+        and is_comparable(r) and not r["peer"].startswith(("shflnb", "Triton gather"))
     ]  # fmt: skip
     if not found:
         return "-"
@@ -168,11 +205,19 @@ def best_peer(data: Data, m: int, k: int, n: int, sparsity: float) -> str:
     return f"{ratio(best['speedup'])} ({best['peer']})"
 
 
+def is_comparable(row: Row) -> bool:
+    """Whether a peer's row may stand beside others; one with a time and a note is less exact than its dtype allows."""
+    return bool(row["speedup"]) and not row["note"]
+
+
 def bars(data: Data) -> str:
     """Every case with a bar: what was reached, of which roof, and whether it holds."""
-    rows = [r for op in ("matmul", "linear") for r in plain(data.of("spmm"), op=op)]
-    if not rows:
-        return absent("bench_spmm.py --quick", " on a GPU")
+    return per_card(data, "spmm", bars_part, absent("bench_spmm.py --quick", " on a GPU"))
+
+
+def bars_part(measured: list[Row], about: str) -> str:
+    """The bars of one card."""
+    rows = [r for op in ("matmul", "linear") for r in plain(measured, op=op)]
     lines, missed = [], 0
     wanted = {sparsity for _, sparsity, _ in BARS}
     for r in rows:
@@ -189,14 +234,20 @@ def bars(data: Data) -> str:
             f"{must:g}x / {aim:g}x" if aim else f"{must:g}x", verdict,
             f"{float(r['percent_of_roof']):.0f} %, {r['roof_by']}",
         ])  # fmt: skip
+    if not lines:
+        return ""
     header = ["product", "zeros", "v", "time", "speed-up", "bar / aim", "verdict", "of the roof, set by"]
-    text = f"{len(lines) - missed} of {len(lines)} bars met; {conditions(rows, data, 'spmm')}."
+    text = f"{len(lines) - missed} of {len(lines)} bars met; {about}{bars_of(rows)}."
     return f"{text}\n\n{markdown(header, lines)}"
 
 
 def variants(data: Data) -> str:
     """What bfloat16, unequal groups, the portable kernel and cold inputs cost, against the plain case."""
-    rows = data.of("spmm")
+    return per_card(data, "spmm", variants_part, absent("bench_spmm.py --quick", " on a GPU"))
+
+
+def variants_part(rows: list[Row], about: str) -> str:
+    """The variants on one card."""
     base = plain(rows)
     kinds = {
         "bfloat16": plain(rows, dtype="bfloat16"),
@@ -219,18 +270,19 @@ def variants(data: Data) -> str:
             lines.append([kind, product_name(r), percent(r["sparsity"]), r["v"], micros(r["median_us"]), against,
                           ratio(r["speedup"])])  # fmt: skip
     if not lines:
-        return absent("bench_spmm.py --quick", " on a GPU")
+        return ""
     header = ["variant", "product", "zeros", "v", "time", "against the plain case", "over its own dense"]
-    return markdown(header, lines, left=2)
+    return f"{about}.\n\n{markdown(header, lines, left=2)}"
 
 
 def peers(data: Data) -> str:
     """Every peer on every shape; why one is missing."""
-    rows = data.of("peers")
-    if not rows:
-        return absent("bench_peers.py", " on a GPU")
-    columns = [(s, sparsity) for s in PEER_SHAPES for sparsity in (0.5, 0.75, 0.875)]
-    parts = [f"{BASELINE}, float16, device time; {conditions(rows, data, 'peers')}.\n"]
+    return per_card(data, "peers", peers_part, absent("bench_peers.py", " on a GPU"))
+
+
+def peers_part(rows: list[Row], about: str) -> str:
+    """The peers on one card."""
+    parts = [f"{BASELINE}, float16, device time; {about}.\n"]
     names = list(dict.fromkeys(r["peer"] for r in rows))
     for shape in PEER_SHAPES:
         lines = []
@@ -240,9 +292,10 @@ def peers(data: Data) -> str:
             if not mine:
                 continue
             cells = []
-            for _, sparsity in (c for c in columns if c[0] == shape):
+            for sparsity in (0.5, 0.75, 0.875):
                 r = next((r for r in mine if float(r["sparsity"]) in (sparsity, 0.0) and r["speedup"]), None)
-                cells.append(ratio(r["speedup"]) if r else "-")
+                shown = ratio(r["speedup"]) if r else "-"
+                cells.append(shown if r is None or is_comparable(r) else f"({shown})")
             timed = [r for r in mine if r["speedup"]]
             eager = max((float(r["eager_us"]) for r in timed), default=None)
             error = max((float(r["error"]) for r in timed), default=None)
@@ -253,7 +306,14 @@ def peers(data: Data) -> str:
             parts.append(
                 f"**{shape.m} x {shape.k}, n = {shape.n}** ({shape.name})\n\n{markdown(header, lines, left=2)}"
             )
-    why = dict.fromkeys(f"- {r['peer']}: {r['note']}" for r in rows if r["note"])
+    why = list(dict.fromkeys(f"- {r['peer']}: {r['note']}" for r in rows if r["note"] and not r["speedup"]))
+    for name in names:
+        loose = [float(r["error"]) for r in rows if r["peer"] == name and r["speedup"] and r["note"]]
+        if loose:
+            why.append(
+                f"- {name}: in brackets, since its relative error there ({min(loose):.1e} to {max(loose):.1e}) is more "
+                "than the rounding of a float16 result explains"
+            )
     if why:
         parts.append("\n".join(why) + "\n")
     return "\n".join(parts)
@@ -261,9 +321,14 @@ def peers(data: Data) -> str:
 
 def small_n(data: Data) -> str:
     """Few columns: time, speed-up and bandwidth."""
-    rows = [r for r in plain(data.of("spmm")) if int(r["n"]) <= 64 and float(r["sparsity"]) == 0.75 and r["speedup"]]
+    return per_card(data, "spmm", small_n_part, absent("bench_spmm.py --full", " on a GPU"))
+
+
+def small_n_part(measured: list[Row], about: str) -> str:
+    """Few columns on one card."""
+    rows = [r for r in plain(measured) if int(r["n"]) <= 64 and float(r["sparsity"]) == 0.75 and r["speedup"]]
     if not rows:
-        return absent("bench_spmm.py --full", " on a GPU")
+        return ""
     keys = list(dict.fromkeys((r["m"], r["k"], r["n"]) for r in rows))
     lines = []
     for m, k, n in keys:
@@ -271,14 +336,19 @@ def small_n(data: Data) -> str:
         some = next(r for r in by_v.values() if r)
         cells = [f"{ratio(r['speedup'])}, {float(r['gbps']):.0f} GB/s" if r else "-" for r in by_v.values()]
         lines.append([f"{m} x {k}, n = {n}", micros(some["dense_us"]), *cells])
-    return markdown(["product, 75 %", "dense", *(f"v = {v}" for v in V_SHOWN)], lines)
+    return f"{about}.\n\n{markdown(['product, 75 %', 'dense', *(f'v = {v}' for v in V_SHOWN)], lines)}"
 
 
 def no_help(data: Data) -> str:
     """Where the sparse product is slow: the least and the median speed-up by columns, sparsity and v."""
-    rows = [r for r in plain(data.of("spmm")) if r["speedup"]]
+    return per_card(data, "spmm", no_help_part, absent("bench_spmm.py --full", " on a GPU"))
+
+
+def no_help_part(measured: list[Row], about: str) -> str:
+    """Where the sparse product is slow on one card."""
+    rows = [r for r in plain(measured) if r["speedup"]]
     if not rows:
-        return absent("bench_spmm.py --full", " on a GPU")
+        return ""
     sparsities = sorted({float(r["sparsity"]) for r in rows})
     lines = []
     for low, high in N_RANGES:
@@ -295,8 +365,8 @@ def no_help(data: Data) -> str:
             if any(c != "-" for c in cells):
                 lines.append([f"{low} to {high}" if high < 10**9 else f"{low} and more", str(v), *cells])
     slow = [r for r in rows if float(r["speedup"]) < 1]
-    text = f"{len(slow)} of {len(rows)} measured products are slower than dense (least speed-up below 1 in bold).\n\n"
-    return text + markdown(["n", "v", *(percent(str(s)) for s in sparsities)], lines, left=1)
+    text = f"{len(slow)} of {len(rows)} measured products are slower than dense (least speed-up below 1 in bold)"
+    return f"{text}; {about}.\n\n{markdown(['n', 'v', *(percent(str(s)) for s in sparsities)], lines)}"
 
 
 TABLES: dict[str, Callable[[Data], str]] = {

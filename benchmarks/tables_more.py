@@ -1,29 +1,31 @@
-"""The tables that are not about products on a GPU: CPU, host cost, pattern search, machines. See `tables.py`."""
+"""More tables: CPU, host cost, pattern search, models, few columns, repeatability, machines. See `tables.py`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from cases import few_bar_of
-from tables import TABLES, Data, absent, markdown, micros, percent, ratio
+from cases import REPEAT_ABOVE_US, REPEAT_WITHIN, few_bar_of
+from tables import TABLES, Data, Row, absent, bars_of, card_name, latest, markdown, micros, per_card, percent, ratio
 
 __all__ = ["ALL_TABLES"]
 
 
 def host(data: Data) -> str:
     """Host cost of a call."""
-    rows = data.of("host")
-    if not rows:
-        return absent("bench_host_cost.py")
-    lines = [[r["machine"], r["what"], micros(r["median_us"]) if r["median_us"] else r["note"],
+    return per_card(data, "host", host_part, absent("bench_host_cost.py"), key="machine")
+
+
+def host_part(rows: list[Row], about: str) -> str:
+    """Host cost of a call on one machine."""
+    lines = [[r["what"], micros(r["median_us"]) if r["median_us"] else r["note"],
               f"{micros(r['p10_us'])} to {micros(r['p90_us'])}" if r["p10_us"] else "-"] for r in rows]  # fmt: skip
-    return markdown(["machine", "call", "median", "10th to 90th percentile"], lines, left=2)
+    return f"{about}.\n\n{markdown(['call', 'median', '10th to 90th percentile'], lines)}"
 
 
 def cpu(data: Data) -> str:
     """README: the CPU table."""
-    rows = data.of("cpu")
+    rows = latest(data.of("cpu"), key="processor")
     if not rows:
         return absent("bench_cpu.py")
     first = rows[0]
@@ -73,7 +75,7 @@ def search_time(data: Data) -> str:
         name = f"{r['search']}, {r['quality']}" if r["search"] == "refined" else r["search"]
         kept, memory = f"{100 * float(r['retained']):.1f} %", f"{float(r['memory_x']):.1f}x"
         weight = f"{r['m']} x {r['k']}, v = {r['v']}"
-        lines.append([r["device"], weight, name, f"{float(r['seconds']):.3g} s", kept, memory])
+        lines.append([card_name(r["device"], data), weight, name, f"{float(r['seconds']):.3g} s", kept, memory])
     header = ["device", "weight", "search", "time", "kept score", "memory over the weight's"]
     return markdown(header, lines, left=3)
 
@@ -84,9 +86,12 @@ def _geometric_mean(values: list[float]) -> float:
 
 def models(data: Data) -> str:
     """Whole models and layers: time, speed-up over the dense model, and the bar where there is one."""
-    rows = [r for r in data.of("models") if r["median_us"] or r["speedup"] or r["note"]]
-    if not rows:
-        return absent("bench_models.py", " on a GPU")
+    return per_card(data, "models", models_part, absent("bench_models.py", " on a GPU"))
+
+
+def models_part(measured: list[Row], about: str) -> str:
+    """Whole models and layers on one card."""
+    rows = [r for r in measured if r["median_us"] or r["speedup"] or r["note"]]
     lines = [
         [
             r["part"],
@@ -102,15 +107,23 @@ def models(data: Data) -> str:
         if r["part"] not in ("slower", "estimate")
         or r["bar"]  # hundreds of layers: the CSV has them, the bar judges them
     ]
-    return markdown(["part", "case", "dtype", "what", "time", "speed-up", "bar", "note"], lines, left=4)
+    if not lines:
+        return ""
+    header = ["part", "case", "dtype", "what", "time", "speed-up", "bar", "note"]
+    return f"{about}{bars_of(rows)}.\n\n{markdown(header, lines, left=4)}"
 
 
 def skinny(data: Data) -> str:
     """Few token-major columns with the weights in device memory, against their bars."""
+    return per_card(data, "skinny", skinny_part, absent("bench_skinny.py", " on a GPU"))
+
+
+def skinny_part(measured: list[Row], about: str) -> str:
+    """Few token-major columns on one card."""
     wanted = {"what": "shflnb", "inputs": "rotated", "dtype": "float16"}
-    rows = [r for r in data.of("skinny") if r["speedup"] and all(r[key] == value for key, value in wanted.items())]
+    rows = [r for r in measured if r["speedup"] and all(r[key] == value for key, value in wanted.items())]
     if not rows:
-        return absent("bench_skinny.py", " on a GPU")
+        return ""
     lines, met, judged = [], 0, 0
     for r in sorted(rows, key=lambda r: (int(r["m"]), int(r["k"]), float(r["sparsity"]), int(r["v"]), int(r["n"]))):
         bar = few_bar_of(int(r["m"]), int(r["k"]), int(r["n"]), float(r["sparsity"]), int(r["v"]))
@@ -123,14 +136,35 @@ def skinny(data: Data) -> str:
             f"{float(r['percent_of_copy']):.0f} %",
         ])  # fmt: skip
     header = ["layer", "zeros", "v", "dense", "shflnb", "speed-up", "bar", "verdict", "packed bytes", "of a copy"]
-    return f"{met} of {judged} bars met; {rows[0]['gpu']}, {rows[0]['date']}.\n\n{markdown(header, lines)}"
+    return f"{met} of {judged} bars met; {about}{bars_of(rows)}.\n\n{markdown(header, lines)}"
+
+
+def repeat(data: Data) -> str:
+    """How well two runs on a card agree."""
+    return per_card(data, "repeat", repeat_part, absent("compare_runs.py A.csv B.csv", " on a GPU"))
+
+
+def repeat_part(rows: list[Row], about: str) -> str:
+    """How well two runs agree on one card."""
+    within = f"{100 * REPEAT_WITHIN:g} %"
+    lines = [
+        [r["kind"], r["rows"], percent(r["within"]), f"{float(r['median_percent']):.2f} %",
+         f"{float(r['worst_percent']):.1f} %", r["worst"]]
+        for r in rows
+    ]  # fmt: skip
+    header = ["run", "times compared", f"within {within}", "median difference", "largest", "which is"]
+    return f"Two runs one after the other, median times above {REPEAT_ABOVE_US:g} us; {about}.\n\n" + markdown(
+        header, lines
+    )
 
 
 def limits(data: Data) -> str:
     """What the hardware's counters say of a product."""
-    rows = data.of("ncu")
-    if not rows:
-        return absent("profile_spmm.py", " under Nsight Compute")
+    return per_card(data, "ncu", limits_part, absent("profile_spmm.py", " under Nsight Compute"))
+
+
+def limits_part(rows: list[Row], about: str) -> str:
+    """What the counters of one card say."""
     shares = ("l2_percent", "l1_percent", "sm_percent", "dram_percent", "l2_hit_percent")
     lines = [
         [f"{r['m']} x {r['k']}, n = {r['n']}", percent(r["sparsity"]), r["v"], micros(r["duration"]),
@@ -138,7 +172,7 @@ def limits(data: Data) -> str:
         for r in rows
     ]  # fmt: skip
     header = ["product", "zeros", "v", "time", "L2", "L1 and shared memory", "SM", "device memory", "hits in L2"]
-    return f"{rows[0]['gpu']}, {rows[0]['date']}, one launch each, cold.\n\n{markdown(header, lines)}"
+    return f"{about}, one launch each, cold.\n\n{markdown(header, lines)}"
 
 
 def machines(data: Data) -> str:
@@ -149,16 +183,17 @@ def machines(data: Data) -> str:
     for name, found in sorted(data.machines.items()):
         gpu_found, smi = found.get("gpu", {}), found.get("gpu", {}).get("nvidia_smi", {})
         after = found.get("nvidia_smi_after", {})
-        where = gpu_found.get("name") or f"{found['cpu']['name']}, {found['cpu']['cores']} cores"
+        card, _, run = name.rpartition(".")
+        where = card_name(card, data) if gpu_found else f"{found['cpu']['name']}, {found['cpu']['cores']} cores"
         versions = ", ".join(f"{n} {v}" for n, v in found["packages"].items() if v and n in
                              ("torch", "triton", "numba", "numba-cuda", "cuda-core", "numpy"))  # fmt: skip
         clocks = f"SM {after.get('clocks.sm', '-')} after, {smi.get('clocks.max.sm', '-')} at most" if smi else "-"
         driver = smi.get("driver_version", "-")
-        lines.append([name, where, driver, clocks, versions, found["date"][:10], f"{found.get('seconds', 0):.0f} s"])
+        lines.append([run, where, driver, clocks, versions, found["date"][:10], f"{found.get('seconds', 0):.0f} s"])
     return markdown(["run", "machine", "driver", "clocks", "versions", "date", "took"], lines, left=7)
 
 
 ALL_TABLES: dict[str, Callable[[Data], str]] = TABLES | {
     "cpu": cpu, "host": host, "search": search, "search_time": search_time, "models": models,
-    "machines": machines, "limits": limits, "skinny": skinny,
+    "machines": machines, "limits": limits, "skinny": skinny, "repeat": repeat,
 }  # fmt: skip

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
+import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import bench_peers
 import bench_spmm
 import cases
+import compare_runs
+import cusparselt_search
 import matrices
 import numpy as np
 import peers
@@ -173,12 +177,35 @@ def test_cases_do_not_repeat_a_product() -> None:
     assert len(set(keys)) == len(keys)
     sizes = {(c.shape.m, c.shape.k, c.shape.n) for c in found}
     assert sizes >= {(s.m, s.k, s.n) for s in cases.all_shapes()}
-    first = sum(c in bench_spmm.TABLE for c in found)  # the cases with a bar come before all others
-    assert set(found[:first]) <= bench_spmm.TABLE
-    for part in (found[:first], found[first:]):
-        matrices_in_order = [(c.shape.m, c.shape.k) for c in part]
-        runs = 1 + sum(a != b for a, b in itertools.pairwise(matrices_in_order))
-        assert runs == len(set(matrices_in_order))
+
+
+def test_cases_with_a_bar_come_first_then_few_columns() -> None:
+    found = bench_spmm.cases_of("full", "cuda")
+    ranks = [bench_spmm.rank_of(c) for c in found]
+    assert ranks == sorted(ranks) and set(ranks) == {0, 1, 2, 3}
+    assert {c for c in found if bench_spmm.rank_of(c) == 0} <= bench_spmm.TABLE
+    for rank in range(4):
+        in_order = [(c.shape.m, c.shape.k) for c in found if bench_spmm.rank_of(c) == rank]
+        runs = [key for key, _ in itertools.groupby(in_order)]
+        assert len(runs) == len(set(runs))  # the weights of a (m, k) are made once
+        if rank == 1:
+            assert runs[:2] == [(4096, 14336), (6144, 4096)]
+    assert {c.shape.n for c in found if bench_spmm.rank_of(c) == 1} == {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_a_chosen_kernel_is_named_whatever_its_kind_of_plan() -> None:
+    def plan(name: str) -> Any:
+        return SimpleNamespace(kernel=SimpleNamespace(spec=SimpleNamespace(name=name)))
+
+    cache: dict[Any, Any] = {
+        "tuned": {}, ("memo", 8): None, ("plan", 0, 4096, "none", None): plan("many"),
+        ("plan", 0, 2048, "none", "forced"): plan("forced"), ("skinny plan", 0, 16, "none"): plan("up to 16"),
+        ("skinny plan", 0, (8,), "none"): plan("token-major 8"), ("skinny plan", 0, (4,), "none"): None,
+        ("narrow plan", 0, 1, "none"): plan("narrow 1"), ("skinny plan", 0, 16, "bias"): plan("up to 16, bias"),
+    }  # fmt: skip
+    packed = SimpleNamespace(launch_cache=cache)
+    expected = {4096: "many", 2048: "", 1: "narrow 1", 8: "token-major 8", 4: "up to 16, bias", 17: "", 65: ""}
+    assert {n: bench_spmm.config_name(packed, n) for n in expected} == expected
 
 
 def test_spmm_rows_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +248,271 @@ def test_a_peer_that_fails_is_told_apart_from_one_that_is_wrong() -> None:
     assert not found and "its result is wrong" in why
     found, _ = bench_peers.checked_variants(peers.Peer("b", "", lies), o, 0.5)
     assert [variant.name for variant, _ in found] == ["good", "turned"]
+
+
+def test_a_result_with_more_rounding_than_allowed_is_timed_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loose(o: peers.Operands, sparsity: float) -> list[peers.Variant]:
+        return [peers.Variant("loose", lambda: (o.w @ o.x) * 1.004, o.w)]
+
+    monkeypatch.setitem(peers.GROUPS, "main", [peers.Peer("loose", "any", loose)])
+    monkeypatch.setattr(bench_peers, "measure", lambda subjects, *_, **__: {
+        name: protocol.summarise([100.0], 1, "host") for name in subjects
+    })  # fmt: skip
+    results = records.Results(tmp_path / "x.csv", bench_peers.FIELDS)
+    bench_peers.run_shape("main", cases.Shape("small", 64, 64, 16), "cpu", results, {}, records.Budget(60.0))
+    results.close()
+    rows = list(csv.DictReader((tmp_path / "x.csv").open()))
+    timed = [r for r in rows if r["peer"] == "loose"]
+    assert len(timed) == 3 and all(
+        r["speedup"] == "1" and "0.004, is above the limit of 0.001" in r["note"] for r in timed
+    )
+    assert all(r["note"] == "" and r["speedup"] for r in rows if r["peer"].startswith("cuBLAS"))
+
+
+def test_groups_share_the_time_and_pass_on_what_they_leave() -> None:
+    groups = list(peers.GROUPS)
+    assert set(bench_peers.SHARES) == set(groups)
+    left, given = 420.0, []
+    for number in range(len(groups)):
+        given.append(bench_peers.share_of(groups[number:], left))
+        left -= given[-1] / 2  # each takes half of its share
+    total = sum(bench_peers.SHARES.values())
+    assert given[0] == pytest.approx(420.0 * bench_peers.SHARES[groups[0]] / total)
+    assert all(share > 420.0 * bench_peers.SHARES[g] / total for g, share in zip(groups[1:], given[1:], strict=True))
+    assert bench_peers.share_of(groups[-1:], 33.0) == 33.0 and bench_peers.share_of(groups, -5.0) == 0.0
+
+
+def test_small_shapes_come_first() -> None:
+    flops = [shape.flops for shape in bench_peers.shapes_of("cuda")]
+    assert flops == sorted(flops) and set(bench_peers.shapes_of("cuda")) == set(cases.PEER_SHAPES)
+
+
+def test_the_order_of_blocked_ell_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Library:
+        def __init__(self, columns: torch.Tensor, values: torch.Tensor, k: int, order: str) -> None:
+            made.append(order)
+            rows, _, block, _ = values.shape
+            self.dense = torch.zeros(rows, block, k // block, block, dtype=values.dtype)
+            for row in range(rows):
+                for place, column in enumerate(columns[row].tolist()):
+                    self.dense[row, :, column] = values[row, place]
+            if order == "rows":
+                self.dense = self.dense * 2
+
+        def product(self, x: torch.Tensor, out: torch.Tensor) -> Any:
+            return lambda: out.copy_(self.dense.view(len(out), -1) @ x)
+
+    monkeypatch.setitem(sys.modules, "blocked_ell", SimpleNamespace(BlockedEll=Library))
+    peers.ell_order.cache_clear()
+    peer = peers.Peer("ell", "", peers.blocked_ell(16))
+    for k in (64, 96):
+        found, why = bench_peers.checked_variants(peer, peers.Operands(cases.Shape("small", 64, k, 16), "cpu"), 0.5)
+        assert [variant.name for variant, _ in found] == ["row-major, blocks", "column-major, blocks"], why
+    assert made == ["rows", "blocks", "blocks", "blocks"]
+    peers.ell_order.cache_clear()
+
+
+def test_the_tuner_begins_where_it_ended_and_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_BSR_TUNED", {})
+    assert peers.bsr_start(64, 4096) == peers.BSR_START | {"SPLIT_N": 32}
+    peers._BSR_TUNED[64, 4096, True] = {"GROUP_SIZE_ROW": 2, "SPLIT_N": 16, "num_stages": 4, "num_warps": 8}
+    assert peers.bsr_start(64, 8192) == {"GROUP_SIZE_ROW": 2, "SPLIT_N": 32, "num_stages": 4, "num_warps": 8}
+    assert peers.bsr_start(32, 4096) == peers.BSR_START | {"SPLIT_N": 32}
+
+    testing = SimpleNamespace(do_bench=lambda call, warmup, rep: call())
+    triton = SimpleNamespace(testing=testing)
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.setattr(peers, "TUNE_S", -1.0)  # over before it began
+    from torch.sparse import _triton_ops_meta as meta_module
+
+    tried = []
+
+    def target(meta: dict[str, int]) -> float:
+        tried.append(meta["x"])
+        return triton.testing.do_bench(lambda: abs(meta["x"] - 7.0) + 1.0)
+
+    with peers._quick_tuner(meta_module, {"x": 5}):
+        best, *_ = meta_module.minimize(target, {"x": 1}, {"x": 0}, lambda name, value, step, meta: value + step)
+    assert best == {"x": 5} and tried[:2] == [0, 5] and testing.do_bench(lambda: 3, 0, 0) == 3
+    monkeypatch.setattr(peers, "TUNE_S", 60.0)
+    with peers._quick_tuner(meta_module, {"x": 5}):
+        best, *_ = meta_module.minimize(target, {"x": 1}, {"x": 0}, lambda name, value, step, meta: value + step)
+    assert best == {"x": 7}
+    with peers._quick_tuner(meta_module, {"x": 50}):  # worse than the reference, from which it begins again
+        best, *_ = meta_module.minimize(target, {"x": 1}, {"x": 6}, lambda name, value, step, meta: value + step)
+    assert best["x"] in (6, 7)
+
+
+CRASHING = """
+import json, os, sys
+layout, order = sys.argv[1], json.load(sys.stdin)
+def say(**event):
+    print(json.dumps(event), flush=True)
+for shape in order["shapes"]:
+    for step in ("library", "0", "1", "2"):
+        if step in order["skip"]:
+            continue
+        say(**{"try": step})
+        if step in CRASHES:
+            os._exit(CODE)
+    say(shape=shape, options={"alg_id": 2}, text=f"{len(order['skip'])} left out")
+"""
+
+
+@pytest.mark.parametrize("crashes", [(), ("library",), ("library", "1")])
+def test_a_search_goes_on_without_what_killed_its_process(crashes: tuple[str, ...]) -> None:
+    shapes = [cases.Shape("a", 64, 64, 16), cases.Shape("b", 64, 64, 32)]
+    program = CRASHING.replace("CRASHES", repr(crashes)).replace("CODE", "7")
+    found, why = cusparselt_search.search_layout("W @ X", shapes, 60.0, (sys.executable, "-c", program))
+    assert {shape: choice.text for shape, choice in found.items()} == dict.fromkeys(shapes, f"{len(crashes)} left out")
+    assert [line.rpartition(":")[0] for line in why] == [f"W @ X, {step}" for step in crashes]
+    assert all("ended with code 7" in line for line in why)
+
+
+def test_a_search_that_never_begins_is_not_repeated() -> None:
+    command = (sys.executable, "-c", "import sys; sys.exit(3)")
+    found, why = cusparselt_search.search_layout("W @ X", [cases.Shape("a", 64, 64, 16)], 60.0, command)
+    assert not found and why == ["W @ X: its process ended with code 3"]
+    hanging = (sys.executable, "-c", 'import time; print(\'{"try": "4"}\', flush=True); time.sleep(60)')
+    found, why = cusparselt_search.search_layout("W @ X", [cases.Shape("a", 64, 64, 16)], 1.0, hanging)
+    assert not found and why == ["W @ X, 4: not done within 1 s"]
+
+
+@pytest.mark.parametrize("layout", cusparselt_search.LAYOUTS)
+@pytest.mark.parametrize("library", ["fails", "works"])
+def test_algorithms_are_tried_one_by_one(layout: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compress(o: peers.Operands) -> tuple[Any, torch.Tensor]:
+        return SimpleNamespace(packed=o.w), o.w
+
+    def product(packed: torch.Tensor, x: torch.Tensor, transpose_result: bool, alg_id: int) -> torch.Tensor:
+        if alg_id > 3:
+            raise RuntimeError("invalid value")
+        out = packed @ x
+        return (out.t() if transpose_result else out) * (2 if alg_id == 1 else 1)
+
+    def search(packed: torch.Tensor, x: torch.Tensor, is_transposed: bool) -> dict[str, int]:
+        if library == "fails":
+            raise RuntimeError("internal\nerror")
+        return {"alg_id": 3}
+
+    monkeypatch.setattr(cusparselt_search, "two_of_four", compress)
+    monkeypatch.setattr(cusparselt_search, "library_search", search)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    monkeypatch.setattr(cusparselt_search, "measure", lambda subjects, *_, **__: {
+        step: protocol.summarise([{"0": 5.0, "2": 3.0}.get(step, 4.0)], 1, "host") for step in subjects
+    })  # fmt: skip
+    events: list[dict[str, Any]] = []
+    order = {"shapes": [("a", 64, 48, 16), ("b", 32, 64, 16)], "skip": []}
+    assert cusparselt_search.try_layout(layout, order, "cpu", events.append) == 0
+    json.dumps(events)
+    tried = [event["try"] for event in events if "try" in event]
+    best = [(event["options"], event["text"]) for event in events if "shape" in event]
+    if library == "works":
+        assert tried == ["library"] * 2
+        assert best == [({"alg_id": 3}, "algorithm 3, split-k 1, by its own search")] * 2
+        return
+    each = [str(number) for number in range(7)]  # after three failures in a row there are no more
+    assert tried == ["library", *each, *each]
+    assert best == [({"alg_id": 2}, "algorithm 2, the fastest of 3 tried one by one")] * 2
+    failed = {event["failed"]: event["why"] for event in events if "failed" in event}
+    assert failed["library"] == "internal error" and "wrong" in failed["1"] and set(failed) == {"library", *"1456"}
+
+
+def test_a_dead_context_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(packed: torch.Tensor, x: torch.Tensor, is_transposed: bool) -> dict[str, int]:
+        raise RuntimeError("CUDA error: internal error")
+
+    monkeypatch.setattr(cusparselt_search, "two_of_four", lambda o: (SimpleNamespace(packed=o.w), o.w))
+    monkeypatch.setattr(cusparselt_search, "library_search", dies)
+    monkeypatch.setattr(cusparselt_search, "is_alive", lambda device: False)
+    events: list[dict[str, Any]] = []
+    order = {"shapes": [("a", 64, 48, 16)], "skip": []}
+    assert cusparselt_search.try_layout("W @ X", order, "cpu", events.append) == 1 and len(events) == 2
+
+
+def test_peers_of_a_searched_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = cases.Shape("a", 64, 48, 16)
+    choice = cusparselt_search.Choice({"alg_id": 2}, "algorithm 2")
+    monkeypatch.setattr(peers, "two_of_four", lambda o: (SimpleNamespace(packed=o.w), o.w))
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda w, x, transpose_result, alg_id: (
+        (w @ x).t() if transpose_result else w @ x
+    ))  # fmt: skip
+    found = {layout: {shape: choice} for layout in cusparselt_search.LAYOUTS[1:]}
+    monkeypatch.setattr(cusparselt_search, "search", lambda shapes: (found, ["W @ X: its own search: no"]))
+    peer = peers.GROUPS["searched"][0]
+    right, why = bench_peers.checked_variants(peer, peers.Operands(shape, "cpu"), 0.5)
+    assert len(right) == 3 and not why and right[0][0].name == "W @ X, transposed result, algorithm 2"
+    found.clear()
+    right, why = bench_peers.checked_variants(peer, peers.Operands(shape, "cpu"), 0.5)
+    assert not right and why == "RuntimeError: W @ X: its own search: no"
+
+
+def run_of(path: Path, times: dict[tuple[int, str], float], **more: Any) -> Path:
+    """A made-up run: (v, config) -> microseconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = records.Results(path, bench_spmm.FIELDS)
+    common = {"gpu": "testgpu", "date": "2026-01-02", "m": 64, "k": 32, "n": 8, "sparsity": 0.75, "what": "shflnb"}
+    for (v, config), us in times.items():
+        kernel = "sm80" if config == "forced" else ""
+        results.add(common | {"v": v, "kernel": kernel, "config": config, "median_us": us} | more)
+    results.add(common | {"v": 1, "note": "wrong result: not timed"})
+    results.close()
+    return path
+
+
+def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run_of(tmp_path / "a/testgpu.spmm.csv", {(v, "") : 100.0 for v in range(40)} | {
+        (40, ""): 100.0, (41, ""): 15.0, (42, "here only"): 50.0, (40, "forced"): 200.0
+    })  # fmt: skip
+    second = run_of(tmp_path / "b/testgpu.spmm.csv", {(v, "other"): 101.0 for v in range(40)} | {
+        (40, ""): 104.0, (41, ""): 18.0, (40, "forced"): 198.0
+    }, date="2026-01-03")  # fmt: skip
+    assert compare_runs.main([str(first), str(second), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "  4.0 %  64 x 32, n = 8, 75 %, v = 40, shflnb" and len(printed) == 2
+    assert printed[1].startswith("testgpu spmm: 42 times above 20 us, 97.6 % of them within 3 %; difference 1.00 % in ")
+    assert printed[1].endswith("1 shorter, 1 in one run only")
+    (row,) = csv.DictReader((tmp_path / "testgpu.repeat.csv").open())
+    assert row == {
+        "gpu": "testgpu", "date": "2026-01-03", "kind": "spmm", "rows": "42", "within": "0.9762",
+        "median_percent": "1", "worst_percent": "4", "worst": "64 x 32, n = 8, 75 %, v = 40, shflnb", "below": "1",
+        "unmatched": "1",
+    }  # fmt: skip
+    third = run_of(tmp_path / "c/testgpu.spmm.csv", {(v, ""): 104.0 for v in range(41)})
+    assert compare_runs.main([str(first), str(third), "--out", str(tmp_path)]) == 1
+    (row,) = csv.DictReader((tmp_path / "testgpu.repeat.csv").open())
+    assert row["within"] == "0"  # in the place of the last comparison of this kind
+
+
+def test_kinds_share_the_csv_of_a_card(tmp_path: Path) -> None:
+    for kind in ("spmm", "skinny"):
+        runs = [str(run_of(tmp_path / side / f"testgpu.{kind}.csv", {(64, ""): 30.0})) for side in "ab"]
+        assert compare_runs.main([*runs, "--out", str(tmp_path)]) == 0
+    assert [r["kind"] for r in csv.DictReader((tmp_path / "testgpu.repeat.csv").open())] == ["spmm", "skinny"]
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = run_of(tmp_path / "a/testgpu.spmm.csv", {(64, ""): 30.0})
+    other = run_of(tmp_path / "b/other.spmm.csv", {(64, ""): 30.0}, gpu="other")
+    kind = run_of(tmp_path / "b/testgpu.skinny.csv", {(64, ""): 30.0})
+    short = run_of(tmp_path / "b/testgpu.spmm.csv", {(64, ""): 10.0, (32, ""): 2.0})
+    records.Results(tmp_path / "c/testgpu.spmm.csv", ("gpu", "seconds")).close()
+    refused = {
+        other: "on ['other', 'testgpu']",
+        kind: "['skinny', 'spmm']",
+        short: "above 20 us",
+        tmp_path / "c/testgpu.spmm.csv": "no column median_us",
+        tmp_path / "d": "No such file",
+    }
+    for second, said in refused.items():
+        with pytest.raises(SystemExit):
+            compare_runs.main([str(one), str(second), "--out", str(tmp_path)])
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.repeat.csv"))
 
 
 def test_a_group_that_crashes_still_has_its_rows(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from bench_prune import QUALITY_FIELDS, TIME_FIELDS
 from bench_skinny import FIELDS as SKINNY_FIELDS
 from bench_spmm import FIELDS as SPMM_FIELDS
 from bench_tradeoff import FIELDS as TRADEOFF_FIELDS
+from compare_runs import FIELDS as REPEAT_FIELDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in report.PAGES}
 # What a measurement looks like, as in test_readme.py.
 FIGURE = re.compile(r"\b\d+(\.\d+)?( ?x\b(?!\d)|[  ](us|ms|s|[GT]B/s|[GT]FLOP/s|times)\b)")
+
+
+H100, H200 = "nvidia-h100-80gb-hbm3", "nvidia-h200"
 
 
 def write_csv(path: Path, fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
@@ -111,6 +116,7 @@ def root(tmp_path: Path) -> Path:
     ])  # fmt: skip
     models = [
         {
+            "gpu": "testgpu",
             "part": "bert",
             "case": "32 x 512",
             "what": "sparse",
@@ -119,14 +125,37 @@ def root(tmp_path: Path) -> Path:
             "speedup": 1.777,
             "bar": 1.5,
         },
-        {"part": "slower", "case": "one of many layers", "what": "sparse", "speedup": 1.1},
+        {"gpu": "testgpu", "part": "slower", "case": "one of many layers", "what": "sparse", "speedup": 1.1},
     ]
     write_csv(results / "testgpu.models.csv", MODEL_FIELDS, models)
     write_csv(results / "testgpu.host.csv", HOST_FIELDS, [
         {"machine": "testgpu", "what": "shflnb.matmul", "median_us": 11.25, "p10_us": 11, "p90_us": 12},
         {"machine": "testgpu", "what": "torch 2:4 (cuSPARSELt)", "note": "cannot run because of a test"},
     ])  # fmt: skip
+    write_csv(results / "testgpu.repeat.csv", REPEAT_FIELDS, [
+        {"gpu": "testgpu", "date": "2026-01-02", "kind": "spmm", "rows": 123, "within": 0.975, "median_percent": 0.431,
+         "worst_percent": 4.56, "worst": "4096 x 4096, n = 64"}
+    ])  # fmt: skip
+    machine = {"date": "2026-01-03T10:00:00+00:00", "cpu": {"name": "a CPU", "cores": 4}, "packages": {"torch": "2.0"},
+               "gpu": {"name": "testgpu", "nvidia_smi": {"driver_version": "1.2.3"}}}  # fmt: skip
+    (results / "testgpu.models.machine.json").write_text(json.dumps(machine), encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture
+def cards(root: Path) -> Path:
+    """The same, measured on an H200 and, some days later and with other speed-ups, on an H100."""
+    results = root / "benchmarks" / "results"
+    for path in [*results.glob("testgpu.*.csv"), *results.glob("testgpu.*.json")]:
+        text = path.read_text(encoding="utf-8")
+        newer = text.replace("2026-01-02", "2026-02-03").replace("2026-01-03", "2026-02-04")
+        for old, new in (("2.718", "2.222"), ("3.353", "3.111"), ("1.6789", "1.3456"), ("1.777", "1.444")):
+            newer = newer.replace(old, new)
+        for card, content, name in ((H200, text, "NVIDIA H200"), (H100, newer, "NVIDIA H100 80GB HBM3")):
+            content = content.replace('"name": "testgpu"', f'"name": "{name}"').replace("testgpu", card)
+            (results / path.name.replace("testgpu", card)).write_text(content, encoding="utf-8")
+        path.unlink()
+    return root
 
 
 def block(text: str, name: str) -> str:
@@ -210,6 +239,100 @@ def test_a_peer_that_cannot_run_says_why(root: Path) -> None:
     assert re.search(r"\| cuSPARSE Blocked-ELL 32 \| any \| - \| - \| - \|", text)
     assert re.search(r"\| cuSPARSE CSR \| any \| - \| 0\.02x \| - \| 300 us \| 3e-04 \|", text)
     assert "cannot run because of a test" in block((root / "docs/performance.md").read_text(encoding="utf-8"), "host")
+
+
+def test_a_peer_that_is_less_exact_stands_in_brackets(root: Path) -> None:
+    path = root / "benchmarks/results/testgpu.peers.csv"
+    note = "its relative error is above the limit"
+    write_csv(path, PEER_FIELDS, [
+        peer("cuSPARSE CSR", 0.5, 7.77, note) | {"error": 0.0019},
+        peer("cuSPARSE CSR", 0.75, 6.66, note) | {"error": 0.001},
+        peer("cuSPARSE CSR", 0.875, 0.05), peer("torch BSR 64", 0.75, 1.1),
+    ])  # fmt: skip
+    report.update(root)
+    text = block((root / "docs/performance.md").read_text(encoding="utf-8"), "peers")
+    assert "| cuSPARSE CSR | any | (7.77x) | (6.66x) | 0.05x | 300 us | 2e-03 |" in text
+    assert "- cuSPARSE CSR: in brackets, since its relative error there (1.0e-03 to 1.9e-03) is more than" in text
+    headline = block((root / "README.md").read_text(encoding="utf-8"), "gpu")
+    assert "1.10x (torch BSR 64)" in headline and "cuSPARSE" not in headline  # neither there nor in the figure
+    found = plots.speedup_data(report.load(path.parent))["4096 x 4096, n = 4096"]
+    assert found["cuSPARSE CSR"] == [(0.875, 0.05)]
+
+
+def test_cards_are_told_apart() -> None:
+    rows = [{"gpu": g, "date": d} for g, d in (("a", "1"), ("b", "2"), ("c", "2"), ("c", "1"), ("d", "0"), ("d", "0"))]
+    assert [(mine[0]["gpu"], len(mine)) for mine in tables.by_card(rows)] == [("c", 2), ("b", 1), ("a", 1), ("d", 2)]
+    assert tables.latest(rows) == rows[2:4] and tables.latest([]) == [] and tables.by_card([]) == []
+
+
+def test_cards_have_readable_names() -> None:
+    data = tables.Data(machines={
+        "nvidia-h200.spmm": {"gpu": {"name": "NVIDIA H200"}}, "amd.host": {"cpu": {"name": "AMD EPYC"}},
+        f"{H100}.spmm": {"gpu": {"name": "NVIDIA H100 80GB HBM3"}, "cpu": {"name": "Xeon"}},
+    })  # fmt: skip
+    names = {H200: "NVIDIA H200", H100: "NVIDIA H100 80 GB", "amd": "AMD EPYC", "other": "other"}
+    assert {card: tables.card_name(card, data) for card in names} == names
+    assert tables.card_name(H100, tables.Data()) == "NVIDIA H100 80 GB"
+
+
+def test_no_table_mixes_cards(cards: Path) -> None:
+    report.update(cards)
+    page = (cards / "docs/performance.md").read_text(encoding="utf-8")
+    of_cards = ("bars", "variants", "peers", "small_n", "no_help", "models", "skinny", "host")
+    for name in of_cards:
+        text = block(page, name)
+        assert text.count("NVIDIA H100 80 GB") == text.count("NVIDIA H200") == 1, name
+        assert text.index("NVIDIA H100 80 GB") < text.index("NVIDIA H200"), name  # the newest first
+        assert "H100" not in text[text.index("NVIDIA H200") :], name
+        assert "hbm3" not in text.lower() and "nvidia-h" not in text, name
+    newer, older = re.split(r"(?=^.*NVIDIA H200)", block(page, "bars"), maxsplit=1, flags=re.MULTILINE)
+    assert "2.22x" in newer and "2026-02-03" in newer and "2.72x" not in newer
+    assert "2.72x" in older and "2026-01-02" in older and "2.22x" not in older
+    newer, older = re.split(r"(?=^.*NVIDIA H200)", block(page, "peers"), maxsplit=1, flags=re.MULTILINE)
+    assert "1.35x" in newer and "1.68x" in older and newer.count("libcusparse was not found") == 1
+    newer, older = re.split(r"(?=^.*NVIDIA H200)", block(page, "models"), maxsplit=1, flags=re.MULTILINE)
+    assert "1.44x" in newer and "2026-02-04" in newer and "1.78x" in older and "2026-01-03" in older
+
+
+def test_a_card_that_the_bars_were_not_set_for_is_judged_and_told_so(cards: Path) -> None:
+    report.update(cards)
+    page = (cards / "docs/performance.md").read_text(encoding="utf-8")
+    for name, verdict in (("bars", "of 3 bars met; "), ("skinny", "of 2 bars met; "), ("models", "")):
+        lines = [line for line in block(page, name).splitlines() if "NVIDIA H" in line]
+        newer, older = lines
+        assert verdict in newer and verdict in older
+        assert newer.endswith("; bars were set for an H200.") and "set for" not in older, name
+
+
+def test_readme_and_figures_show_the_card_that_was_measured_last(cards: Path) -> None:
+    report.update(cards)
+    headline = block((cards / "README.md").read_text(encoding="utf-8"), "gpu")
+    assert "NVIDIA H100 80 GB" in headline and "H200" not in headline
+    assert "2.22x (2.43x)" in headline and "1.35x (torch BSR 128, tuned)" in headline and "2.72x" not in headline
+    results = cards / "benchmarks/results"
+    found = plots.speedup_data(report.load(results))["4096 x 4096, n = 4096"]
+    assert found["v = 64"] == [(0.75, 2.222)] and found["torch BSR 128, tuned"] == [(0.75, 1.3456)]
+    assert plots.tradeoff_data(report.load(results))["v = 64"] == [(0.4, 2.222)]
+    assert "NVIDIA H100 80 GB" in (cards / "docs/img/roof.svg").read_text(encoding="utf-8")
+    assert "; NVIDIA H100 80 GB](img/roof.svg)" in (cards / "docs/performance.md").read_text(encoding="utf-8")
+    (results / f"{H100}.peers.csv").unlink()  # another card's peers must not stand beside its products
+    report.update(cards)
+    headline = block((cards / "README.md").read_text(encoding="utf-8"), "gpu")
+    assert "2.22x" in headline and "torch BSR" not in headline
+    assert "torch BSR 128, tuned" not in plots.speedup_data(report.load(results))["4096 x 4096, n = 4096"]
+
+
+def test_all_machines_are_listed(cards: Path) -> None:
+    report.update(cards)
+    text = block((cards / "docs/performance.md").read_text(encoding="utf-8"), "machines")
+    assert "| models | NVIDIA H200 | 1.2.3 |" in text and "| models | NVIDIA H100 80 GB | 1.2.3 |" in text
+
+
+def test_repeatability(root: Path) -> None:
+    text = tables_more.ALL_TABLES["repeat"](report.load(root / "benchmarks" / "results"))
+    assert text.startswith("Two runs one after the other, median times above 20 us; testgpu, 2026-01-02.\n\n")
+    assert "| run | times compared | within 3 % | median difference | largest | which is |" in text
+    assert "| spmm | 123 | 97.5 % | 0.43 % | 4.6 % | 4096 x 4096, n = 64 |" in text
 
 
 def test_where_it_does_not_help(root: Path) -> None:
