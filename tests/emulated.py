@@ -45,7 +45,7 @@ class EmulatedKernel(LoadedKernel):
         """A launch configuration without the driver, which cuda.core asks about clusters."""
         grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
         smem = self.spec.smem_bytes if smem_bytes is None else smem_bytes
-        assert grid[2] == 1 and smem <= self.context.smem_limit
+        assert min(grid) > 0 and grid[2] == 1 and smem <= self.context.smem_limit
         return SimpleNamespace(grid=grid, cluster=cluster, smem=smem)
 
     def max_clusters(self, cluster: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,3 +189,19 @@ def test_the_walls_are_seen(module: str, source: str, fault: str | None) -> None
         assert wrong == []
     else:
         assert len(wrong) == 1 and fault in wrong[0]
+
+
+def test_a_launch_from_the_kernel_cache_needs_no_numba() -> None:
+    """Importing numba.cuda takes longer than all else that the first call of a process does."""
+    program = """
+import subprocess
+import sys
+from shflnb.kernels import skinny_plan, spmm_device, spmm_plan
+from shflnb.kernels.select import candidates
+for spec in (skinny_plan.turn_in_spec(), skinny_plan.turn_out_spec(), spmm_plan.transpose_spec(True),
+             spmm_plan.copy_spec(), spmm_plan.kernel_spec(candidates(64, "float16", (9, 0))[0])):
+    print(spec.name)
+print("numba" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"

@@ -11,7 +11,8 @@ from .memo import FewColumnsMemo
 from .operands import ALIGNED, HAS_RESIDUAL, is_row_major
 from .skinny_config import stores_directly, takes_tokens
 from .skinny_plan import SkinnyRoad, launch_skinny, skinny_plan, turn_of_out, turn_of_x
-from .spmm_plan import Plan, copy_spec, plan_for, transpose_flags, transpose_launch
+from .spmm_plan import Plan, copy_spec, plan_for, transpose_launch
+from .transpose_config import transpose_flags
 from .views import DeviceView, current_stream, device_view, new_matrix
 
 __all__ = ["Call", "run", "run_few", "run_linear"]

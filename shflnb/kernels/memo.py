@@ -49,8 +49,8 @@ class LinearMemo:
     k: int
     m: int
     token_stride: int
-    k_tiles: int
-    m_tiles: int
+    in_at_once: int
+    out_at_once: int
     turn_in_flags: int
     turn_out_flags: int
     out_shape: tuple[int, ...]
@@ -117,13 +117,12 @@ def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None
     out = x.new_empty(memo.out_shape)
     turned_at, product_at = turned.data_ptr(), product.data_ptr()
     launch(stream, memo.turn_in, memo.turn, address, memo.token_stride, turned_at, memo.ld, memo.n, memo.k,
-           memo.k_tiles,
-           memo.turn_in_flags)  # fmt: skip
+           memo.in_at_once, memo.turn_in_flags)  # fmt: skip
     launch(
         stream, memo.launch_config, memo.kernel, *memo.head, turned_at, product_at,
         0 if bias is None else bias.data_ptr(), 0,
         memo.n, memo.ld, memo.ld, 0, memo.flags,
     )  # fmt: skip
-    launch(stream, memo.turn_out, memo.turn, product_at, memo.ld, out.data_ptr(), memo.m, memo.m, memo.n, memo.m_tiles,
-           memo.turn_out_flags)  # fmt: skip
+    launch(stream, memo.turn_out, memo.turn, product_at, memo.ld, out.data_ptr(), memo.m, memo.m, memo.n,
+           memo.out_at_once, memo.turn_out_flags)  # fmt: skip
     return out

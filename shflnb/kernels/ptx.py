@@ -147,9 +147,6 @@ ld_global_nc_v4 = instruction(
 st_global_v4 = instruction(
     "Store 16 bytes.", "st.global.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}"
 )
-ld_global_stream_v4 = instruction(
-    "Load 16 bytes that are not needed again: first to leave the cache.",
-    "ld.global.cs.v4.u32 {$0,$1,$2,$3}, [$4];", (u64,), "=r,=r,=r,=r,l,~{memory}", types.UniTuple(u32, 4))  # fmt: skip
 st_global_stream_v4 = instruction(
     "Store 16 bytes that are not needed again soon: first to leave the cache.",
     "st.global.cs.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}")  # fmt: skip

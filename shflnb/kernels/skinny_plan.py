@@ -160,7 +160,7 @@ def turn_of_out(
 
 def _turn_config(context: DeviceContext, kernel: LoadedKernel, units: int) -> Any:
     """As many blocks as there are units for, but no more than find room beside a product: they wait there."""
-    return kernel.config(min(4 * context.sm_count, ceil_div(units, TURN_THREADS)), is_chained=True)
+    return kernel.config(max(1, min(4 * context.sm_count, ceil_div(units, TURN_THREADS))), is_chained=True)
 
 
 def launch_skinny(

@@ -33,7 +33,8 @@ from .operands import (
     turned,
 )
 from .select import has_few_columns
-from .spmm_plan import keep, transpose_flags, transpose_spec
+from .spmm_plan import keep, transpose_launch
+from .transpose_config import transpose_flags
 from .views import device_view, new_matrix
 
 __all__ = ["device_linear", "device_matmul", "device_transpose", "linear", "matmul"]
@@ -192,14 +193,12 @@ def _linear_memo(
 ) -> LinearMemo:
     """The memo of a token-major product on a contiguous, aligned x."""
     m, k = call.packed.shape
-    is_chained = call.context.has_chaining
-    turn = call.context.kernel(transpose_spec(is_chained), call.stream_handle)
-    turn_in = turn.config(ceil_div(k, 64) * ceil_div(n, 64), is_chained=is_chained)
-    turn_out = turn.config(ceil_div(n, 64) * ceil_div(m, 64), is_chained=is_chained)
+    turn, turn_in, in_at_once = transpose_launch(call.context, call.stream_handle, n, k)
+    turn, turn_out, out_at_once = transpose_launch(call.context, call.stream_handle, m, n)
     plan = call.plan(n, activation, bias, (0, 0), None)
     return LinearMemo(
         call.context, turn, turn_in, turn_out, plan.kernel, plan.launch_config, plan.head,
-        n=n, ld=ceil_div(n, 8) * 8, k=k, m=m, token_stride=k, k_tiles=ceil_div(k, 64), m_tiles=ceil_div(m, 64),
+        n=n, ld=ceil_div(n, 8) * 8, k=k, m=m, token_stride=k, in_at_once=in_at_once, out_at_once=out_at_once,
         turn_in_flags=transpose_flags(k % 8 == 0, True, is_padded=True),
         turn_out_flags=transpose_flags(True, m % 8 == 0, is_result=True), out_shape=out_shape,
         flags=bias[1] | ALIGNED,

@@ -18,9 +18,10 @@ from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
 from .remembered import load as remembered_entries
 from .select import Choice, choose, sweep_of
+from .transpose_config import COPY_THREADS, TRANSPOSE_SMEM, TRANSPOSE_THREADS, transpose_grid
 
 __all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "keep", "kernel_spec", "plan_for",
-           "problem_of", "transpose_flags", "transpose_spec"]  # fmt: skip
+           "problem_of", "transpose_launch", "transpose_spec"]  # fmt: skip
 
 PLANS_KEPT = 1024  # launch records a packed matrix keeps; a model whose batch changes at every call stays bounded
 NO_ROW = np.uint32(0xFFFFFFFF)
@@ -70,22 +71,32 @@ def kernel_spec(config: Config) -> KernelSpec:
 
 def transpose_spec(is_chained: bool) -> KernelSpec:
     """How to build the transpose kernel."""
-    from .transpose import TRANSPOSE_THREADS, make_transpose
+
+    def make() -> Any:
+        from .transpose import make_transpose
+
+        return make_transpose(is_chained)
 
     name = "shflnb_transpose_chained" if is_chained else "shflnb_transpose"
-    return KernelSpec(name, name, "transpose", lambda: make_transpose(is_chained), 8, TRANSPOSE_THREADS)
+    return KernelSpec(name, name, "transpose", make, 8, TRANSPOSE_THREADS, TRANSPOSE_SMEM)
 
 
-def transpose_flags(src_aligned: bool, dst_aligned: bool, *, is_result: bool = False, is_padded: bool = False) -> int:
-    """The transpose kernel's flags, see `transpose.py`."""
-    return src_aligned | dst_aligned << 1 | 12 * is_result | is_padded << 4
+def transpose_launch(context: DeviceContext, stream: int, rows: int, cols: int) -> tuple[LoadedKernel, Any, int]:
+    """The transpose kernel, its launch configuration and its `at_once` for a (rows, cols) matrix."""
+    kernel = context.kernel(transpose_spec(context.has_chaining), stream)
+    blocks, at_once = transpose_grid(context.sm_count, context.smem_limit, rows, cols)
+    return kernel, kernel.config(blocks, is_chained=context.has_chaining), at_once
 
 
 def copy_spec() -> KernelSpec:
     """How to build the kernel that copies between any strides."""
-    from .transpose import COPY_THREADS, make_copy_strided
 
-    return KernelSpec("copy_strided", "shflnb_copy_strided", "copy", make_copy_strided, 9, COPY_THREADS)
+    def make() -> Any:
+        from .transpose import make_copy_strided
+
+        return make_copy_strided()
+
+    return KernelSpec("copy_strided", "shflnb_copy_strided", "copy", make, 9, COPY_THREADS)
 
 
 def problem_of(packed: ShflBWMatrix, n: int, epilogue: str = "plain") -> Problem:

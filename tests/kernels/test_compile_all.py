@@ -133,7 +133,7 @@ EXPECTED = {
     "sm80": ({"HMMA", "LDGSTS", "LDSM"}, {"HGMMA"}),
     "skinny_sm90": ({"HGMMA", "LDGSTS", "UBLKCP", "SYNCS", "ACQBULK"}, {"HMMA"}),
     "turn": ({"LDG", "STG"}, {"LDS", "STS"}),
-    "transpose": ({"LDSM"}, {"HMMA"}),
+    "transpose": ({"LDGSTS", "LDSM"}, {"BAR", "HMMA"}),
     "copy": ({"LDG", "STG"}, {"LDS", "HMMA"}),
 }
 """SASS: HGMMA is wgmma, HMMA mma.sync, LDGSTS cp.async, UBLKCP the bulk copy, LDSM and STSM ldmatrix and stmatrix."""

@@ -165,6 +165,13 @@ def test_groups_outnumber_clusters(
     assert (y.T.astype(np.float64) == product(packed, x.T)).all()
 
 
+def test_few_columns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = install(monkeypatch, EmulatedDevice(0))
+    packed = random_packed(8, 0, 16, [0])
+    y = device.read(device_linear(device.array(np.zeros((8, 0), np.float16)), packed))
+    assert y.shape == (8, 8) and (y == 0).all()
+
+
 def test_a_device_without_room_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     device = install(monkeypatch, EmulatedDevice(4, sm_count=16))
     monkeypatch.setattr(EmulatedKernel, "max_clusters", lambda self, cluster: 0)

@@ -66,6 +66,20 @@ def test_transpose(rows: int) -> None:
     assert bool(verdict.all()), [case for ok, (_, case) in zip(verdict, good, strict=True) if not ok][:10]
 
 
+@pytest.mark.parametrize("is_result", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_transpose_of_more_tiles_than_blocks(shift: int, is_result: bool) -> None:
+    """Blocks take several tiles each, and blocks behind them the rest; rows are cut, or misaligned as well."""
+    rows, cols = 5003, 8195
+    src = Area(rows, cols, cols + 5, 0)
+    src.matrix.copy_(numbers(rows, cols))
+    dst = Area(cols, rows, rows + 5 + shift, shift)
+    src_at, dst_at = (part.matrix.data_ptr() for part in (src, dst))
+    call_on(src.matrix).transpose(src_at, cols + 5, dst_at, rows + 5 + shift, rows, cols, is_result)
+    result, intact = dst.taken()
+    assert bool((result == src.matrix.T).all()) and bool(intact)
+
+
 def test_transpose_of_millions_of_tokens() -> None:
     """4.2 million tokens of 8 features, through `linear`: more than 65535 tiles of 64 tokens."""
     n = 65535 * 64 + 77

@@ -1,0 +1,45 @@
+"""Sizes of the kernels that move matrices between layouts (`transpose.py`), for the host and for the kernels."""
+
+from __future__ import annotations
+
+from .config import ceil_div
+
+__all__ = ["COPY_THREADS", "STAGES", "STAGE_BYTES", "TILE_COLS", "TILE_ROWS", "TRANSPOSE_SMEM", "TRANSPOSE_THREADS",
+           "WARP_BYTES", "WARP_COLS", "WARP_ROWS", "transpose_flags", "transpose_grid"]  # fmt: skip
+
+WARP_ROWS, WARP_COLS = 32, 64
+"""What a warp of the transpose turns at a time."""
+
+TILE_ROWS, TILE_COLS = 2 * WARP_ROWS, 2 * WARP_COLS
+"""What the four warps of a block turn at a time."""
+
+STAGES = 4
+"""Tiles of a warp that have room in shared memory: three on their way and one that is turned."""
+
+STAGE_BYTES = WARP_ROWS * WARP_COLS * 2
+WARP_BYTES = STAGES * STAGE_BYTES
+TRANSPOSE_THREADS = 128
+TRANSPOSE_SMEM = TRANSPOSE_THREADS // 32 * WARP_BYTES
+
+TILES_A_BLOCK = 6
+"""So many tiles a block takes at most, then another block has its place: blocks that went on to the end of a large
+matrix would drift apart, the fast SMs far ahead of the slow ones."""
+
+COPY_THREADS = 256
+
+
+def transpose_grid(sm_count: int, smem_limit: int, rows: int, cols: int) -> tuple[int, int]:
+    """(blocks, how many of them walk side by side) of the transpose of a (rows, cols) matrix.
+
+    Side by side as many as the device holds, one for each tile at most; more blocks, whole multiples of them, where
+    each would have more than `TILES_A_BLOCK` tiles.
+    """
+    tiles = ceil_div(rows, TILE_ROWS) * ceil_div(cols, TILE_COLS)
+    per_sm = (smem_limit + 1024) // (TRANSPOSE_SMEM + 1024)  # the driver keeps 1 KB for itself in each
+    at_once = min(tiles, sm_count * per_sm)
+    return ceil_div(ceil_div(tiles, at_once), TILES_A_BLOCK) * at_once, at_once
+
+
+def transpose_flags(src_aligned: bool, dst_aligned: bool, *, is_result: bool = False, is_padded: bool = False) -> int:
+    """The transpose kernel's flags, see `transpose.py`."""
+    return src_aligned | dst_aligned << 1 | is_result << 2 | is_padded << 3
