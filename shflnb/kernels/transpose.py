@@ -28,7 +28,6 @@ from numba import cuda
 from numba.cuda import types
 
 from .ptx import (
-    cp_async_16,
     cp_async_16_whole,
     cp_async_commit,
     cp_async_wait,
@@ -121,9 +120,8 @@ def _fetch(stage, src, lds, row0, col0, rows, cols, flags):
         for i in range(8):
             here = u32((to + u32(512 * i)) ^ u32(16 * (i & 6)))
             room = cols - col if row + u64(4 * i) < rows and col < cols else u64(0)
-            if flags & u64(1):
-                size = u32(16) if room >= u64(8) else u32(u32(room) * u32(2))
-                cp_async_16(here, at if room > u64(0) else src, size)
+            if room >= u64(8) and flags & u64(1):
+                cp_async_16_whole(here, at)
             else:
                 st_shared_v4(here, _load_pair(at, room), _load_pair(at + u64(4), _beyond(room, 2)),
                              _load_pair(at + u64(8), _beyond(room, 4)),
