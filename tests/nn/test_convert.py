@@ -101,6 +101,26 @@ def test_a_layer_that_turns_out_slower_with_its_real_pattern(
     assert model[2].layout == "token" and report["2"].layout == "token -> token"
 
 
+def test_a_dense_time_that_was_disturbed_once_chooses_nothing(
+    fixed_times: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shflnb.nn.decide as decide
+
+    fixed_times({(64, 32)}, slow=150.0)
+    calm, count = decide.call_us, [0]
+
+    def call_us(calls: Any, *args: Any, **kwargs: Any) -> float:
+        if calls[0] == "dense":
+            count[0] += 1
+            return 300.0 if count[0] == 1 else 100.0
+        return calm(calls, *args, **kwargs)
+
+    monkeypatch.setattr(decide, "call_us", call_us)
+    model = nn.Sequential(nn.Linear(32, 64))
+    report = sparsify_(model, 0.5, example_inputs=torch.randn(5, 32), **FAST)
+    assert report["0"].decision == "dense" and report["0"].dense_us == 100.0 and count[0] == 2
+
+
 def test_policy_always_takes_them_all_and_says_so(fixed_times: Callable[..., None]) -> None:
     fixed_times({(64, 32), (32, 64)})
     report = sparsify_(GatedMLP(), 0.5, example_inputs=torch.randn(5, 32), policy="always", **FAST)
