@@ -73,11 +73,8 @@ u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
 
 IDS_AHEAD = 5  # of a stitching warp's stages between the fetch of ids and their use; the slots must outnumber it by two
 SWIZZLE_BITS = {2: 3 << 62, 4: 2 << 62, 8: SWIZZLE_128B}
-SWIZZLES = {
-    2: (2, 1),
-    4: (1, 3),
-    8: (0, 7),
-}  # the swizzle of row r is r % 8 of 8 chunks, r // 2 % 4 of 4, r // 4 % 2 of 2
+# the swizzle of row r is r % 8 of 8 chunks, r // 2 % 4 of 4, r // 4 % 2 of 2
+SWIZZLES = {2: (2, 1), 4: (1, 3), 8: (0, 7)}
 
 
 def make_own_tiles(config: SkinnyConfig) -> Callable[..., Any]:
@@ -242,6 +239,7 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
                     mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
                     stitch_tokens(u32(base + stage * u32(stage_bytes)), u32(id_ring + slot + lane * u32(4)), lane, x, n,
                                   ldx * u64(2))  # fmt: skip
+                    fence_proxy_async()
                     mbarrier_arrive(u32(full + stage * u32(8)))
                 else:
                     for q in range(fours):
