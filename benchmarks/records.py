@@ -125,7 +125,8 @@ def machine(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": {"name": cpu_name(), "cores": usable_cores(), "features": cpu_features()},
         "packages": {name: _version(name) for name in PACKAGES},
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # without the folders of the machine that it ran on
+        "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
     }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
