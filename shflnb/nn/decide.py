@@ -120,9 +120,8 @@ class Timer:
             calls * self._sparse(name, layer, facts, n, activation, layout, fresh) for n, calls in counts.items()
         )
         found = Times(dense, sparse, margin)
-        if (
-            counts and found.is_worth_it
-        ):  # unless the dense time was a disturbed one (3 times too long, once, on an H100)
+        # a dense time is looked at again before it chooses: a disturbed one was 3 times too long (H100, 2026-11-26)
+        if counts and found.is_worth_it:
             dense = sum(calls * self._dense(facts, n, activation, again=True) for n, calls in counts.items())
             found = Times(dense, sparse, margin)
         return found
