@@ -1,5 +1,5 @@
-"""Kernel function -> PTX (Numba) -> cubin (the driver's linker or ptxas), with a disk cache; the only file that knows
-the compiler.
+"""Kernel function -> PTX (Numba) -> cubin (ptxas, or a linker), with a disk cache; the only file that knows the
+compiler.
 
 Cache entries are keyed by the kernel's key (kernel, config, dtype), the architecture, the versions of the tools and a
 fingerprint of the sources in this folder. An entry holds its own checksum: a missing, truncated or garbled file means
@@ -73,6 +73,10 @@ def _fingerprint() -> str:
             digest.update(f"{name}={metadata.version(name)};".encode())
         except metadata.PackageNotFoundError:
             digest.update(f"{name}=none;".encode())
+    program = find_tool("ptxas")
+    if program is not None:
+        about = Path(program).stat()
+        digest.update(f"{program} {about.st_size} {about.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -160,15 +164,13 @@ def _target_device(capability: tuple[Any, ...]) -> Iterator[None]:
 
 def find_tool(tool: str) -> str | None:
     """Path of a CUDA program (ptxas, cuobjdump, nvdisasm): the installed wheels first, then PATH."""
-    try:
-        for distribution in ("nvidia-cuda-nvcc", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"):
+    home = "nvidia-cuda-nvcc" if tool == "ptxas" else f"nvidia-cuda-{tool}"
+    for distribution in (home, f"{home}-cu12"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             for file in metadata.files(distribution) or ():
-                if file.name == tool:
-                    path = Path(str(file.locate()))
-                    if path.exists():
-                        return str(path)
-    except metadata.PackageNotFoundError:
-        pass
+                path = Path(str(file.locate()))
+                if file.name == tool and path.exists():
+                    return str(path)
     return shutil.which(tool)
 
 
@@ -199,28 +201,44 @@ def _link(ptx: str, arch: str) -> bytes:
 
 
 def _assemble(ptx: str, arch: str) -> bytes:
-    """The cubin, from cuda.core; where its linker is missing or refuses (older than the PTX), from ptxas."""
+    """The cubin, from ptxas; where it is missing or refuses (older than the PTX), from cuda.core's linker.
+
+    ptxas first, because it sees the program whole. A linker assembles for linking, and then leaves `setmaxnreg` out:
+    every warp keeps the registers it started with, and the widest kernels spill (nvJitLink 13.0, 2026-11-26). It is
+    also ptxas whose code the tests inspect.
+    """
+    refused = "ptxas was not found"
+    if find_tool("ptxas") is not None:
+        try:
+            return ptxas_assemble(ptx, arch)[0]
+        except DeviceError as error:
+            refused = str(error)[:500]
     try:
         return _link(ptx, arch)
     except Exception as error:  # cuda.core raises its own, the driver's and nvJitLink's exceptions: no common base
-        if find_tool("ptxas") is None:
-            raise DeviceError(
-                f"the kernel could not be assembled for {arch}: {type(error).__name__}: {str(error)[:500]}; install "
-                "the extra of your driver (shflnb[cu12] or shflnb[cu13]), or a CUDA toolkit whose ptxas is on PATH"
-            ) from error
-    return ptxas_assemble(ptx, arch)[0]
+        raise DeviceError(
+            f"the kernel could not be assembled for {arch}: {refused}; cuda.core: {type(error).__name__}: "
+            f"{str(error)[:500]}; install the extra of your driver (shflnb[cu12] or shflnb[cu13]), or a CUDA toolkit "
+            "whose ptxas is on PATH"
+        ) from error
 
 
 def assembler() -> dict[str, str | None]:
     """Which program assembles PTX here, tried on an empty kernel: {"used", "problem"}; for the doctor."""
     ptx = ".version 7.0\n.target sm_80\n.address_size 64\n.visible .entry empty()\n{ ret; }\n"
+    problem = "ptxas was not found: kernels with 128 accumulators a thread will spill"
+    if find_tool("ptxas") is not None:
+        try:
+            ptxas_assemble(ptx, "sm_80")
+            return {"used": "ptxas", "problem": None}
+        except DeviceError as error:
+            problem = next(iter(str(error).splitlines()), "")
     try:
         _link(ptx, "sm_80")
     except Exception as error:  # noqa: BLE001 (see _assemble)
         first_line = next(iter(str(error).strip().splitlines()), "")
-        problem = f"cuda.core cannot: {type(error).__name__}: {first_line}"
-        return {"used": "ptxas" if find_tool("ptxas") else None, "problem": problem}
-    return {"used": "cuda.core", "problem": None}
+        return {"used": None, "problem": f"{problem}; cuda.core cannot: {type(error).__name__}: {first_line}"}
+    return {"used": "cuda.core", "problem": problem}
 
 
 def build(

@@ -13,18 +13,23 @@ from numba import cuda
 from numba.cuda import types
 
 from .ptx import (
+    copy_values_g2s,
+    copy_values_s2g,
+    float_of_bits,
     instruction,
     ld_global_nc_f32,
     ld_global_u16,
+    ld_global_u16_u32,
     ld_global_u32,
-    st_global_u16,
+    ld_global_v4,
+    ld_shared_v4,
     st_global_v4,
-    unpack_high,
+    st_shared_v4,
     unpack_low,
 )
 
-__all__ = ["ALIGNED", "BIAS_F32", "HAS_BIAS", "HAS_RESIDUAL", "NO_ROW", "make_activation", "make_load_bias",
-           "make_load_residual", "store_chunk"]  # fmt: skip
+__all__ = ["ALIGNED", "BIAS_F32", "HAS_BIAS", "HAS_RESIDUAL", "NO_ROW", "fetch_chunk", "make_activation",
+           "make_bias_value", "make_load_bias", "load_bias_word", "store_chunk"]  # fmt: skip
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
 
@@ -95,48 +100,54 @@ def make_load_bias(dtype: str) -> Callable[..., Any]:
     return cuda.jit(device=True, forceinline=True)(load_bias)
 
 
-def make_load_residual(dtype: str) -> Callable[..., Any]:
-    """Device function (residual address, row, column, n, ldr, flags) -> two float32, of this column and the next.
+@cuda.jit(device=True, forceinline=True)
+def load_bias_word(bias, row, flags):
+    """The bits of a row's bias, for `bias_value` to make a number of; 0 where there is none.
 
-    0 beyond n and for rows that do not exist; neither is read.
+    In two steps, so that nothing waits for the load before the number is needed.
     """
-    low, high = unpack_low[dtype], unpack_high[dtype]
-
-    def load_residual(residual, row, col, n, ldr, flags):
-        first, second = f32(0.0), f32(0.0)
-        if row != u32(NO_ROW) and col < n:
-            at = residual + u64(row) * ldr * u64(2) + u64(col) * u64(2)
-            if flags & u32(ALIGNED) and (col & u32(1)) == u32(0) and u32(col + u32(1)) < n:
-                pair = ld_global_u32(at)
-                first, second = low(pair), high(pair)
-            else:
-                first = low(u32(ld_global_u16(at)))
-                if u32(col + u32(1)) < n:
-                    second = low(u32(ld_global_u16(at + u64(2))))
-        return first, second
-
-    return cuda.jit(device=True, forceinline=True)(load_residual)
+    word = u32(0)
+    if flags & u32(HAS_BIAS) and row != u32(NO_ROW):
+        if flags & u32(BIAS_F32):
+            word = ld_global_u32(bias + u64(row) * u64(4))
+        else:
+            word = ld_global_u16_u32(bias + u64(row) * u64(2))
+    return word
 
 
-@cuda.jit(device=True, forceinline=True)
-def _store_word(word, out, room):
-    if room > u32(0):
-        st_global_u16(out, u16(word & u32(0xFFFF)))
-    if room > u32(1):
-        st_global_u16(out + u64(2), u16(word >> u32(16)))
+def make_bias_value(dtype: str) -> Callable[..., Any]:
+    """Device function (word of `load_bias_word`, flags) -> float32."""
+    unpack = unpack_low[dtype]
+
+    def bias_value(word, flags):
+        if flags & u32(BIAS_F32):
+            return float_of_bits(word)
+        return unpack(word)
+
+    return cuda.jit(device=True, forceinline=True)(bias_value)
 
 
 @cuda.jit(device=True, forceinline=True)
-def store_chunk(w0, w1, w2, w3, row, col, n, out, ldo, flags):
-    """Store 8 consecutive columns (4 words of two values) of an output row; skips columns from n on and `NO_ROW`."""
-    if row == u32(NO_ROW) or col >= n:
-        return
-    target = out + u64(row) * ldo * u64(2) + u64(col) * u64(2)
-    room = u32(n - col)
-    if room >= u32(8) and flags & u32(ALIGNED):
-        st_global_v4(target, w0, w1, w2, w3)
-    else:
-        _store_word(w0, target, room)
-        _store_word(w1, target + u64(4), u32(room - u32(2)) if room > u32(2) else u32(0))
-        _store_word(w2, target + u64(8), u32(room - u32(4)) if room > u32(4) else u32(0))
-        _store_word(w3, target + u64(12), u32(room - u32(6)) if room > u32(6) else u32(0))
+def fetch_chunk(at, row, col, n, residual, ldr, flags):
+    """Copy 8 consecutive columns of a residual's row to shared memory, those below n; nothing for `NO_ROW`."""
+    if row != u32(NO_ROW) and col < n:
+        source = residual + u64(row) * ldr * u64(2) + u64(col) * u64(2)
+        room = u32(n - col)
+        if room >= u32(8) and flags & u32(ALIGNED):
+            w = ld_global_v4(source)
+            st_shared_v4(at, w[0], w[1], w[2], w[3])
+        else:
+            copy_values_g2s(at, source, min(room, u32(8)))
+
+
+@cuda.jit(device=True, forceinline=True)
+def store_chunk(at, row, col, n, out, ldo, flags):
+    """Store 8 consecutive columns of an output row from shared memory; skips columns from n on and `NO_ROW`."""
+    if row != u32(NO_ROW) and col < n:
+        target = out + u64(row) * ldo * u64(2) + u64(col) * u64(2)
+        room = u32(n - col)
+        if room >= u32(8) and flags & u32(ALIGNED):
+            w = ld_shared_v4(at)
+            st_global_v4(target, w[0], w[1], w[2], w[3])
+        else:
+            copy_values_s2g(target, at, min(room, u32(8)))

@@ -127,6 +127,9 @@ fence_proxy_async = instruction(
 
 # --- plain loads and stores ------------------------------------------------------------------------------------------
 ld_global_u16 = instruction("Load 2 bytes.", "ld.global.u16 $0, [$1];", (u64,), "=h,l,~{memory}", types.uint16)
+ld_global_u16_u32 = instruction(
+    "Load 2 bytes, with zeros above them.", "ld.global.u16 $0, [$1];", (u64,), "=r,l,~{memory}", u32
+)
 ld_global_u32 = instruction("Load 4 bytes.", "ld.global.u32 $0, [$1];", (u64,), "=r,l,~{memory}", u32)
 ld_global_v2 = instruction(
     "Load 8 bytes.", "ld.global.v2.u32 {$0,$1}, [$2];", (u64,), "=r,=r,l,~{memory}", types.UniTuple(u32, 2)
@@ -147,11 +150,16 @@ ld_global_nc_v4 = instruction(
 st_global_v4 = instruction(
     "Store 16 bytes.", "st.global.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}"
 )
+st_global_v4_unless = instruction(
+    "Store 16 bytes, unless the last two arguments are equal: a branch around the store costs more.",
+    "{ .reg .pred other; setp.ne.u32 other, $5, $6; @other st.global.v4.u32 [$0], {$1,$2,$3,$4}; }",
+    (u64, u32, u32, u32, u32, u32, u32), "l,r,r,r,r,r,r,~{memory}")  # fmt: skip
 st_global_stream_v4 = instruction(
     "Store 16 bytes that are not needed again soon: first to leave the cache.",
     "st.global.cs.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}")  # fmt: skip
 st_global_u16 = instruction("Store 2 bytes.", "st.global.u16 [$0], $1;", (u64, types.uint16), "l,h,~{memory}")
 st_global_f32 = instruction("Store a float32.", "st.global.f32 [$0], $1;", (u64, f32), "l,f,~{memory}")
+ld_shared_u16 = instruction("Load 2 bytes.", "ld.shared.u16 $0, [$1];", (u32,), "=h,r,~{memory}", types.uint16)
 ld_shared_v4 = instruction(
     "Load 16 bytes.", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,), "=r,=r,=r,=r,r,~{memory}",
     types.UniTuple(u32, 4))  # fmt: skip
@@ -159,6 +167,19 @@ st_shared_u32 = instruction("Store 4 bytes.", "st.shared.u32 [$0], $1;", (u32, u
 st_shared_v4 = instruction(
     "Store 16 bytes.", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", (u32, u32, u32, u32, u32), "r,r,r,r,r,~{memory}"
 )
+# loops that no compiler unrolls: unrolled in every place where rows may be cut, they fill the instruction cache
+copy_values_s2g = instruction(
+    "Copy `count` (at least 1) values of 2 bytes from shared to global memory, one by one.",
+    "{ .reg .pred more; .reg .u16 value; .reg .u64 to; .reg .u32 from, left; mov.u64 to, $0; mov.u32 from, $1; "
+    "mov.u32 left, $2; NEXT_${:uid}: .pragma \\22nounroll\\22; ld.shared.u16 value, [from]; st.global.u16 [to], value; "
+    "add.u32 from, from, 2; add.u64 to, to, 2; sub.u32 left, left, 1; setp.ne.u32 more, left, 0; "
+    "@more bra NEXT_${:uid}; }", (u64, u32, u32), "l,r,r,~{memory}")  # fmt: skip
+copy_values_g2s = instruction(
+    "Copy `count` (at least 1) values of 2 bytes from global to shared memory, one by one.",
+    "{ .reg .pred more; .reg .u16 value; .reg .u64 from; .reg .u32 to, left; mov.u32 to, $0; mov.u64 from, $1; "
+    "mov.u32 left, $2; NEXT_${:uid}: .pragma \\22nounroll\\22; ld.global.u16 value, [from]; st.shared.u16 [to], value; "
+    "add.u64 from, from, 2; add.u32 to, to, 2; sub.u32 left, left, 1; setp.ne.u32 more, left, 0; "
+    "@more bra NEXT_${:uid}; }", (u32, u64, u32), "r,l,r,~{memory}")  # fmt: skip
 
 # --- matrix loads and stores (PTX ISA 9.7.14.5.15, .16) --------------------------------------------------------------
 ldmatrix_x4_trans = instruction(
@@ -200,11 +221,20 @@ unpack_high = {
         "{ .reg .b32 w; and.b32 w, $1, 0xffff0000; mov.b32 $0, w; }", (u32,), "=f,r", f32, volatile=False),
 }  # fmt: skip
 
+float_of_bits = instruction("The float32 of these bits.", "mov.b32 $0, $1;", (u32,), "=f,r", f32, volatile=False)
+
 # --- arithmetic that must not become Python's (checked, widening) arithmetic -----------------------------------------
 mad_wide_u32 = instruction(
     "a * b + c with 32-bit factors and a 64-bit sum.", "mad.wide.u32 $0, $1, $2, $3;", (u32, u32, u64), "=l,r,r,l", u64,
     volatile=False)  # fmt: skip
 div_u32 = instruction("Unsigned quotient.", "div.u32 $0, $1, $2;", (u32, u32), "=r,r,r", u32, volatile=False)
+
+opaque = instruction(
+    "The argument, of which the optimiser no longer knows anything: it counts no loop's rounds by it.",
+    "mov.u32 $0, $1;", (u32,), "=r,r", u32)  # fmt: skip
+no_unroll = instruction(
+    "As the first statement of a loop: the assembler leaves it a loop.", ".pragma \\22nounroll\\22;", (), ""
+)
 
 # --- barriers and registers ------------------------------------------------------------------------------------------
 bar_sync = instruction(

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["DRAIN_TILES", "tile_queue"]
+__all__ = ["DRAIN_TILES", "EMPTY_TURNS", "tile_queue"]
 
 DRAIN_TILES = 2.0  # what storing a tile's results costs, in k tiles (1.25 us against 0.55 us at v = 64; H200, 2026-11)
 
+EMPTY_TURNS = 4  # turns without tiles at the end of a queue: kernels read that far beyond a block's last tile
+
 
 def tile_queue(first: np.ndarray, counts: np.ndarray, n_tiles: int, grid: int, sweep: int) -> np.ndarray:
-    """The queue for `grid` blocks: uint32, shape (turns + 1, grid, 4).
+    """The queue for `grid` blocks: uint32, shape (turns + EMPTY_TURNS, grid, 4).
 
     A record is (group, first k tile, k tiles, column tile).
 
@@ -32,7 +34,7 @@ def tile_queue(first: np.ndarray, counts: np.ndarray, n_tiles: int, grid: int, s
     sweep : int
         Column tiles of a sweep.
 
-    The records after a block's last tile hold no k tiles; the extra turn makes sure that there is one.
+    The records after a block's last tile hold no k tiles; the extra turns make sure that there are some.
     """
     groups = len(counts)
     total = groups * n_tiles
@@ -44,7 +46,7 @@ def tile_queue(first: np.ndarray, counts: np.ndarray, n_tiles: int, grid: int, s
     group = order[rest // width]
     column = start + rest % width
     turns = -(-total // grid)
-    queue = np.zeros((turns + 1, grid, 4), np.uint32)
+    queue = np.zeros((turns + EMPTY_TURNS, grid, 4), np.uint32)
     records = np.stack([group, first[group], counts[group], column], axis=1).astype(np.uint32)
     if counts.min(initial=1) == counts.max(initial=1):
         queue.reshape(-1, 4)[:total] = records

@@ -12,11 +12,14 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import Config
+from .epilogue import load_bias_word
 from .ptx import (
     fence_proxy_async,
     ld_global_nc_v4,
     mbarrier_arrive,
     mbarrier_wait_parity,
+    no_unroll,
+    opaque,
     setmaxnreg_inc,
     wgmma_commit,
     wgmma_fence,
@@ -53,65 +56,75 @@ def make_consumer(config: Config) -> Callable[..., Any]:
     registers, take_registers = config.accumulators, setmaxnreg_inc[config.registers[1]]
     alternate, skip = config.alternate, make_skip(config)
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
-    stores, begin, multiply, store = (make_rows_side if config.weights_are_m else make_tokens_side)(config)
+    side = (make_rows_side if config.weights_are_m else make_tokens_side)(config)
+    (stores, owned), (ask, multiply, store), plain = side[:2], side[2:], config.epilogue == "plain"
+    owned = 1 if plain else owned
+    stride = 2 if alternate else 1  # turns between tiles of a consumer
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags, order):
         take_registers()
         grid_wait()
         acc = cuda.local.array(registers, f32)
-        targets = cuda.local.array(stores, u32)
+        targets, coming = cuda.local.array(stores, u32), cuda.local.array(stores, u32)
+        words, owners = cuda.local.array(owned, u32), cuda.local.array(owned, u32)
         who = u32((tid >> u32(7)) - u32(producers))
         leader = (tid & u32(127)) == u32(0)
         stage, phase, order_phase = u32(0), u32(0), u32(0)
         turn_bytes = u64(cuda.gridDim.x) * u64(16)
-        entry = ld_global_nc_v4(queue)
         if alternate and who == u32(1):  # the first tile is the other's, and it may begin
             if leader:
                 mbarrier_arrive(order)
-            stage, phase = skip(stage, phase, entry[2])
-            if entry[2] > u32(0):
-                queue += turn_bytes
-                entry = ld_global_nc_v4(queue)
-        count = entry[2]
-        while count > u32(0):
-            # where the results go is read before the main loop: in the epilogue, each of these costs a trip to L2
-            begun = begin(targets, entry[0], entry[3], who, tid, rows, bias, flags)
+            stage, phase = skip(stage, phase, ld_global_nc_v4(queue)[2])
             queue += turn_bytes
-            entry = ld_global_nc_v4(queue)
-            others = u32(0)
+        # a trip to L2 takes as long as a stage: what a tile needs is asked for while the one before it is multiplied,
+        # its place in the queue two tiles ahead
+        entry = ld_global_nc_v4(queue)
+        others = ld_global_nc_v4(queue + turn_bytes)[2] if alternate else u32(0)
+        queue += turn_bytes * u64(stride)
+        upcoming = ld_global_nc_v4(queue)
+        ask(coming, owners, entry[0], who, tid, rows)
+        while entry[2] > u32(0):
+            for q in range(stores):
+                targets[q] = coming[q]
+            if not plain:
+                for q in range(owned):
+                    words[q] = load_bias_word(bias, owners[q], flags)
+            ask(coming, owners, upcoming[0], who, tid, rows)
+            count, column_tile, skipped = entry[2], entry[3], others
+            entry = upcoming
             if alternate:
-                others = entry[2]
-                if others > u32(0):
-                    queue += turn_bytes
-                    entry = ld_global_nc_v4(queue)
+                others = ld_global_nc_v4(queue + turn_bytes)[2]
                 # until the other has seen all of its stages full, the parity of ours may be that of a round before
                 mbarrier_wait_parity(u32(order + who * u32(8)), order_phase)
                 order_phase = u32(order_phase ^ u32(1))
+            queue += turn_bytes * u64(stride)
+            upcoming = ld_global_nc_v4(queue)
             for r in range(registers):
                 acc[r] = f32(0.0)
-            release = u32(0)
-            for kt in range(count):
+            release, kt = u32(0), u32(0)
+            while kt < count:
+                no_unroll()
                 mbarrier_wait_parity(u32(full + stage * u32(8)), phase)
                 fence_proxy_async()
                 wgmma_fence()
                 multiply(acc, u32(base + stage * u32(stage_bytes)), who)
                 wgmma_commit()
                 wait_one()
-                if leader and u32(kt) > u32(0):
+                if leader and kt > u32(0):
                     mbarrier_arrive(release)
                 release = u32(empty + stage * u32(8))
                 stage = u32(stage + u32(1))
                 if stage == u32(stages):
                     stage = u32(0)
                     phase = u32(phase ^ u32(1))
+                kt = opaque(u32(kt + u32(1)))
             if alternate:
                 if leader:
                     mbarrier_arrive(u32(order + (who ^ u32(1)) * u32(8)))
-                stage, phase = skip(stage, phase, others)
+                stage, phase = skip(stage, phase, skipped)
             wait_all()
             if leader:
                 mbarrier_arrive(release)
-            store(acc, targets, begun, staging, who, tid, n, out, rows, bias, residual, ldo, ldr, flags)
-            count = entry[2]
+            store(acc, targets, words, column_tile, staging, who, tid, n, out, residual, ldo, ldr, flags)
 
     return cuda.jit(device=True, forceinline=True)(consume)

@@ -9,8 +9,17 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import ATOM_BYTES, CORE_BYTES, SWIZZLE_128B, Config
-from .epilogue import HAS_RESIDUAL, make_activation, make_load_bias, make_load_residual, store_chunk
-from .ptx import bar_sync, ld_global_nc_u32, ld_shared_v4, make_wgmma, pack_pair, stmatrix_x4_trans
+from .epilogue import HAS_RESIDUAL, fetch_chunk, make_activation, make_bias_value, store_chunk
+from .ptx import (
+    bar_sync,
+    ld_global_nc_u32,
+    ld_global_nc_v2,
+    ld_shared_u16,
+    make_wgmma,
+    pack_pair,
+    stmatrix_x4_trans,
+    unpack_low,
+)
 
 __all__ = ["make_tokens_side"]
 
@@ -18,30 +27,28 @@ u32, u64, f32 = types.uint32, types.uint64, types.float32
 
 
 def make_finish(config: Config, i: int) -> Callable[..., Any]:
-    """Device function that finishes a warp's 16 tokens of atom i and stages them transposed; one function per i, see
-    `make_drain` in `sm90_rows.py`.
+    """Device function that finishes a warp's 16 tokens of atom i and stages them transposed; one function per i, since
+    accumulators that are indexed at run time go to local memory.
     """
     v, own_n = config.v, config.consumer_n
     per_atom, pitch = v // 2, own_n * 2 + 16
     plain = config.epilogue == "plain"
-    activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
-    load_residual, pack = make_load_residual(config.dtype), pack_pair[config.dtype]
+    activation, bias_value = make_activation(config.epilogue), make_bias_value(config.dtype)
+    low, pack = unpack_low[config.dtype], pack_pair[config.dtype]
 
-    def finish(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags):
+    def finish(acc, words, own_at, matrix_at, flags):
         for j in range(v // 16):
             a = i * per_atom + j * 8
             if not plain:
                 for e in range(4):  # element e is row 8 * (e / 2) + e % 2 of the group's 16, for tokens t and t + 8
-                    packed_row = u32(row + u32(16 * j + 8 * (e // 2) + e % 2) + u32(2) * (lane & u32(3)))
-                    own_row = ld_global_nc_u32(rows + u64(packed_row) * u64(4))
-                    own_bias = load_bias(bias, own_row, flags)
+                    own_bias = bias_value(words[4 * j + e], flags)
                     first, second = a + 4 * (e // 2) + e % 2, a + 4 * (e // 2) + e % 2 + 2
                     acc[first] = activation(acc[first] + own_bias)
                     acc[second] = activation(acc[second] + own_bias)
                     if flags & u32(HAS_RESIDUAL):
-                        col = u32(column + u32(64 * i) + warp * u32(16) + (lane >> u32(2)))
-                        acc[first] += load_residual(residual, own_row, col, n, ldr, flags)[0]
-                        acc[second] += load_residual(residual, own_row, u32(col + u32(8)), n, ldr, flags)[0]
+                        at = u32(own_at + u32((16 * j + 8 * (e // 2) + e % 2) * pitch + 128 * i))
+                        acc[first] += low(u32(ld_shared_u16(at)))
+                        acc[second] += low(u32(ld_shared_u16(u32(at + u32(16)))))
             stmatrix_x4_trans(u32(matrix_at + u32(16 * j * pitch + 128 * i)), pack(acc[a], acc[a + 1]),
                               pack(acc[a + 2], acc[a + 3]), pack(acc[a + 4], acc[a + 5]),
                               pack(acc[a + 6], acc[a + 7]))  # fmt: skip
@@ -49,8 +56,8 @@ def make_finish(config: Config, i: int) -> Callable[..., Any]:
     return cuda.jit(device=True, forceinline=True)(finish)
 
 
-def make_tokens_side(config: Config) -> tuple[int, Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """(values of `targets`, begin, multiply, store) for `make_consumer`."""
+def make_tokens_side(config: Config) -> tuple[int, int, Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """(values of `targets`, of `owners`, ask, multiply, store) for `make_consumer`."""
     v, tile_n, tile_k, alternate = config.v, config.tile_n, config.tile_k, config.alternate
     x_bytes, own_n, steps, atoms = config.x_stage_bytes, config.consumer_n, tile_k // 16, config.consumer_n // 64
     per_atom = v // 2
@@ -66,14 +73,17 @@ def make_tokens_side(config: Config) -> tuple[int, Callable[..., Any], Callable[
     row_chunks = own_n // 8
     stores = v * row_chunks // 128  # 16-byte chunks that a thread stores
 
+    plain = config.epilogue == "plain"
+
     @cuda.jit(device=True, forceinline=True)
-    def begin(targets, group, column_tile, who, tid, rows, bias, flags):
-        own, row, column = u32(tid & u32(127)), u32(group * u32(v)), u32(column_tile * u32(tile_n))
-        if not alternate:
-            column = u32(column + who * u32(own_n))
+    def ask(targets, owners, group, who, tid, rows):
+        own, lane, row = u32(tid & u32(127)), u32(tid & u32(31)), u32(group * u32(v))
         for q in range(stores):
             targets[q] = ld_global_nc_u32(rows + u64(row + u32(own + u32(q * 128)) // u32(row_chunks)) * u64(4))
-        return row, column, u32(0), u32(0), f32(0.0), f32(0.0)
+        if not plain:
+            for pair in range(v // 8):
+                two = ld_global_nc_v2(rows + u64(row + u32(8 * pair) + u32(2) * (lane & u32(3))) * u64(4))
+                owners[2 * pair], owners[2 * pair + 1] = two[0], two[1]
 
     @cuda.jit(device=True, forceinline=True)
     def multiply(acc, stage_at, who):
@@ -92,24 +102,33 @@ def make_tokens_side(config: Config) -> tuple[int, Callable[..., Any], Callable[
                 wgmma3(acc, at + u64(3 * atom_step), desc_b + u64(step * step_b))
 
     @cuda.jit(device=True, forceinline=True)
-    def store(acc, targets, begun, staging, who, tid, n, out, rows, bias, residual, ldo, ldr, flags):
+    def store(acc, targets, words, column_tile, staging, who, tid, n, out, residual, ldo, ldr, flags):
         own, lane, warp = u32(tid & u32(127)), u32(tid & u32(31)), u32((tid >> u32(5)) & u32(3))
-        row, column = begun[0], begun[1]
+        column = u32(column_tile * u32(tile_n))
+        if not alternate:
+            column = u32(column + who * u32(own_n))
         staging = u32(staging + who * u32(v * pitch))
         matrix_at = u32(staging + (u32(8) * (lane >> u32(4)) + (lane & u32(7))) * u32(pitch)
                         + (warp * u32(16) + u32(8) * ((lane >> u32(3)) & u32(1))) * u32(2))  # fmt: skip
-        finish0(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags)
+        own_at = u32(staging + u32(2) * (lane & u32(3)) * u32(pitch) + (warp * u32(16) + (lane >> u32(2))) * u32(2))
+        if not plain:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
+            if flags & u32(HAS_RESIDUAL):  # it comes through the shared memory that the results go through
+                for q in range(stores):
+                    line, chunk = u32(u32(own + u32(q * 128)) // u32(row_chunks)), u32(own % u32(row_chunks))
+                    fetch_chunk(u32(staging + line * u32(pitch) + chunk * u32(16)), targets[q],
+                                u32(column + chunk * u32(8)), n, residual, ldr, flags)  # fmt: skip
+                bar_sync(u32(who + u32(1)), u32(128))
+        finish0(acc, words, own_at, matrix_at, flags)
         if atoms > 1:
-            finish1(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags)
+            finish1(acc, words, own_at, matrix_at, flags)
         if atoms > 2:
-            finish2(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags)
-            finish3(acc, matrix_at, lane, warp, rows, row, bias, column, n, residual, ldr, flags)
+            finish2(acc, words, own_at, matrix_at, flags)
+            finish3(acc, words, own_at, matrix_at, flags)
         bar_sync(u32(who + u32(1)), u32(128))
         for q in range(stores):
-            index = u32(own + u32(q * 128))
-            w = ld_shared_v4(u32(staging + index // u32(row_chunks) * u32(pitch) + index % u32(row_chunks) * u32(16)))
-            store_chunk(w[0], w[1], w[2], w[3], targets[q], u32(column + index % u32(row_chunks) * u32(8)), n, out, ldo,
-                        flags)  # fmt: skip
+            line, chunk = u32(u32(own + u32(q * 128)) // u32(row_chunks)), u32(own % u32(row_chunks))
+            store_chunk(u32(staging + line * u32(pitch) + chunk * u32(16)), targets[q], u32(column + chunk * u32(8)), n,
+                        out, ldo, flags)  # fmt: skip
         bar_sync(u32(who + u32(1)), u32(128))
 
-    return stores, begin, multiply, store
+    return stores, v // 4, ask, multiply, store

@@ -26,7 +26,7 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import ATOM_BYTES, Config
-from .epilogue import HAS_RESIDUAL, make_activation, make_load_bias, make_load_residual, store_chunk
+from .epilogue import HAS_RESIDUAL, fetch_chunk, make_activation, make_load_bias, store_chunk
 from .ptx import (
     cp_async_16,
     cp_async_16_unless_negative,
@@ -42,8 +42,11 @@ from .ptx import (
     pack_pair,
     smem_address,
     st_shared_u32,
+    unpack_high,
+    unpack_low,
     warp_sync,
 )
+from .ptx_cluster import ld_shared_u32
 
 __all__ = ["make_spmm_sm80"]
 
@@ -113,11 +116,11 @@ def make_multiply(config: Config) -> Callable[..., Any]:
 
 
 def make_drain(config: Config, mi: int) -> Callable[..., Any]:
-    """Device function that finishes and stores 16 rows of a warp; one per mi, see `sm90_consumer.make_drain`."""
+    """Device function that finishes and stores 16 rows of a warp; one per mi: accumulators need constant indices."""
     n_pairs, warp_n = config.sm80_warp_n // 16, config.sm80_warp_n
     plain = config.epilogue == "plain"
     activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
-    load_residual, pack = make_load_residual(config.dtype), pack_pair[config.dtype]
+    low, high, pack = unpack_low[config.dtype], unpack_high[config.dtype], pack_pair[config.dtype]
     pitch = warp_n * 2 + 16
     row_chunks = warp_n // 8
     stores = 16 * row_chunks // 32
@@ -125,34 +128,38 @@ def make_drain(config: Config, mi: int) -> Callable[..., Any]:
     def drain(acc, rows, packed_row, staging, lane, column, n, out, bias, residual, ldo, ldr, flags):
         first = u32(packed_row + u32(16 * mi))
         row_low, row_high, bias_low, bias_high = u32(0), u32(0), f32(0.0), f32(0.0)
+        chunk, chunk_col = u32(lane // u32(row_chunks)), u32(column + lane % u32(row_chunks) * u32(8))
+        chunk_at = u32(staging + chunk * u32(pitch) + lane % u32(row_chunks) * u32(16))
+        targets = cuda.local.array(stores, u32)
+        for q in range(stores):
+            targets[q] = ld_global_nc_u32(rows + u64(first + chunk + u32(q * 32 // row_chunks)) * u64(4))
+        at = u32(staging + (lane >> u32(2)) * u32(pitch) + (lane & u32(3)) * u32(4))
         if not plain:
             row_low = ld_global_nc_u32(rows + u64(first + (lane >> u32(2))) * u64(4))
             row_high = ld_global_nc_u32(rows + u64(first + (lane >> u32(2)) + u32(8)) * u64(4))
             bias_low, bias_high = load_bias(bias, row_low, flags), load_bias(bias, row_high, flags)
-        at = u32(staging + (lane >> u32(2)) * u32(pitch) + (lane & u32(3)) * u32(4))
+            if flags & u32(HAS_RESIDUAL):  # it comes through the shared memory that the results go through
+                for q in range(stores):
+                    fetch_chunk(u32(chunk_at + u32(q * 32 // row_chunks * pitch)), targets[q], chunk_col, n, residual,
+                                ldr, flags)  # fmt: skip
+                warp_sync()
         for ni in range(2 * n_pairs):
             a = (mi * 2 * n_pairs + ni) * 4
             if not plain:
                 acc[a], acc[a + 1] = activation(acc[a] + bias_low), activation(acc[a + 1] + bias_low)
                 acc[a + 2], acc[a + 3] = activation(acc[a + 2] + bias_high), activation(acc[a + 3] + bias_high)
                 if flags & u32(HAS_RESIDUAL):
-                    col = u32(column + u32(8 * ni) + (lane & u32(3)) * u32(2))
-                    r0, r1 = load_residual(residual, row_low, col, n, ldr, flags)
-                    r2, r3 = load_residual(residual, row_high, col, n, ldr, flags)
-                    acc[a] += r0
-                    acc[a + 1] += r1
-                    acc[a + 2] += r2
-                    acc[a + 3] += r3
+                    pair_low = ld_shared_u32(u32(at + u32(16 * ni)))
+                    pair_high = ld_shared_u32(u32(at + u32(16 * ni + 8 * pitch)))
+                    acc[a] += low(pair_low)
+                    acc[a + 1] += high(pair_low)
+                    acc[a + 2] += low(pair_high)
+                    acc[a + 3] += high(pair_high)
             st_shared_u32(u32(at + u32(16 * ni)), pack(acc[a], acc[a + 1]))
             st_shared_u32(u32(at + u32(16 * ni + 8 * pitch)), pack(acc[a + 2], acc[a + 3]))
         warp_sync()
         for q in range(stores):
-            i = u32(lane + u32(32 * q))
-            r = u32(i // u32(row_chunks))
-            c = u32(i % u32(row_chunks))
-            target = ld_global_nc_u32(rows + u64(first + r) * u64(4))
-            w = ld_shared_v4(u32(staging + r * u32(pitch) + c * u32(16)))
-            store_chunk(w[0], w[1], w[2], w[3], target, u32(column + c * u32(8)), n, out, ldo, flags)
+            store_chunk(u32(chunk_at + u32(q * 32 // row_chunks * pitch)), targets[q], chunk_col, n, out, ldo, flags)
         warp_sync()
 
     return cuda.jit(device=True, forceinline=True)(drain)

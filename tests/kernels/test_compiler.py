@@ -170,20 +170,28 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert "shflnb" in compiler.cache_dir().parts
 
 
-def test_ptxas_stands_in_for_a_linker_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_assembles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ptxas where it is there and takes the PTX, else the linker; an error names what both said."""
+
     def refuse(ptx: str, arch: str) -> bytes:
         raise RuntimeError("unsupported PTX version\nand more")
 
-    monkeypatch.setattr(compiler, "_link", refuse)
+    def refused(ptx: str, arch: str) -> tuple[bytes, str]:
+        raise DeviceError(f"ptxas refused the kernel for {arch}: too old")
+
     monkeypatch.setattr(compiler, "find_tool", lambda tool: "/bin/ptxas")
-    monkeypatch.setattr(compiler, "ptxas_assemble", lambda ptx, arch: (b"cubin of " + arch.encode(), ""))
-    assert compiler._assemble("ptx", "sm_90a") == b"cubin of sm_90a"
-    assert compiler.assembler() == {
-        "used": "ptxas",
-        "problem": "cuda.core cannot: RuntimeError: unsupported PTX version",
-    }
+    monkeypatch.setattr(compiler, "ptxas_assemble", lambda ptx, arch: (b"ptxas for " + arch.encode(), ""))
+    monkeypatch.setattr(compiler, "_link", lambda ptx, arch: b"linked for " + arch.encode())
+    assert compiler._assemble("ptx", "sm_90a") == b"ptxas for sm_90a"
+    assert compiler.assembler() == {"used": "ptxas", "problem": None}
+    monkeypatch.setattr(compiler, "ptxas_assemble", refused)
+    assert compiler._assemble("ptx", "sm_90a") == b"linked for sm_90a"
+    assert compiler.assembler() == {"used": "cuda.core", "problem": "ptxas refused the kernel for sm_80: too old"}
     monkeypatch.setattr(compiler, "find_tool", lambda tool: None)
-    with pytest.raises(DeviceError, match=r"(?s)sm_90a: RuntimeError: unsupported PTX version.*shflnb\[cu13\]"):
+    assert compiler._assemble("ptx", "sm_90a") == b"linked for sm_90a"
+    assert compiler.assembler()["used"] == "cuda.core" and "not found" in str(compiler.assembler()["problem"])
+    monkeypatch.setattr(compiler, "_link", refuse)
+    with pytest.raises(DeviceError, match=r"(?s)sm_90a: ptxas was not found.*unsupported PTX.*shflnb\[cu13\]"):
         compiler._assemble("ptx", "sm_90a")
     assert compiler.assembler()["used"] is None
 
