@@ -93,17 +93,14 @@ def architectures_of(tiling: str) -> tuple[str, ...]:
 
 
 def chosen(arch: str) -> Iterator[str]:
-    """Keys of the default run: of each tiling one variant, another one on each architecture; two for sm_90a.
-
-    Of few-column kernels with parts one: they differ in a few instructions from those without.
-    """
+    """Keys of the default run: of each tiling one variant, another one on each architecture; two of wgmma's tiles."""
     by_tiling: dict[str, list[str]] = {}
     for spec in specs_of(arch).values():
         by_tiling.setdefault(tiling_of(spec), []).append(spec.key)
     for place, variants in enumerate(by_tiling.values()):
         turn = place + 3 * TARGETS.index(arch)
         picks = {turn % len(variants)}
-        if arch == "sm_90a" and "parts=True" not in variants[0]:
+        if specs_of(arch)[variants[0]].family == "sm90":
             picks = {5 * (place % 2) % len(variants), (2 + 3 * place) % len(variants)}
         yield from (variants[pick] for pick in sorted(picks))
 
