@@ -104,7 +104,7 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
     m, k = call.packed.shape
     epilogue = epilogue_of(activation, bool(bias[0]) or residual is not None)
     address, _, _, feature_stride, token_stride = x
-    token_major = feature_stride == 1 and takes_tokens(m, k, n, call.packed.density)
+    token_major = feature_stride == 1 and takes_tokens(m, k, n, call.packed.v, call.packed.density)
     plan = skinny_plan(call.packed, context, n, epilogue, stream, token_major=token_major)
     turn_in, ldx = None, token_stride if token_major else feature_stride
     is_rows = (n == 1 or token_stride == 1) and address % 16 == 0 and feature_stride % 8 == 0

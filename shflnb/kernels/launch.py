@@ -18,7 +18,8 @@ from ..errors import CaptureError, DeviceError, MissingDependencyError
 from . import compiler
 from .config import smem_limit
 
-__all__ = ["DeviceContext", "DeviceMemory", "KernelSpec", "LoadedKernel", "device_context", "is_capturing"]
+__all__ = ["DeviceContext", "DeviceMemory", "KernelSpec", "LoadedKernel", "capture_id", "device_context",
+           "is_capturing"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -268,3 +269,10 @@ def is_capturing(context: DeviceContext, stream: int) -> bool:
     driver = context.driver
     error, status = driver.cuStreamIsCapturing(driver.CUstream(stream))
     return int(error) == 0 and int(status) != 0
+
+
+def capture_id(context: DeviceContext, stream: int) -> int:
+    """The number of the capture that a stream is in, another one for each; 0 outside of captures."""
+    driver = context.driver
+    error, status, number, *_ = driver.cuStreamGetCaptureInfo(driver.CUstream(stream))
+    return int(number) if int(error) == 0 and int(status) != 0 else 0

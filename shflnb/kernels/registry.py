@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from .config import EPILOGUES
 from .launch import KernelSpec
 from .select import candidates
-from .skinny_config import config_of
+from .skinny_config import PARTS_RANKS, SkinnyConfig, config_of, has_parts
 from .skinny_plan import kernel_spec as skinny_spec
 from .skinny_plan import turn_in_spec, turn_out_spec
 from .spmm_plan import copy_spec, kernel_spec, transpose_spec
@@ -43,13 +44,8 @@ def _moves(arch: str) -> Iterator[KernelSpec]:
         yield copy_spec()
 
 
-def _few_columns(arch: str) -> Iterator[KernelSpec]:
+def _few_configs() -> Iterator[SkinnyConfig]:
     """What `skinny_config.choose_config` takes on an H200, and the other numbers of ranks."""
-    if arch == "sm_90":
-        yield turn_in_spec()
-        yield turn_out_spec()
-    if arch != "sm_90a":
-        return
     for v in (16, 32, 64, 128):
         for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
             for tokens in (16, 32, 64):
@@ -57,7 +53,18 @@ def _few_columns(arch: str) -> Iterator[KernelSpec]:
                     for dtype, token_major in itertools.product(("float16", "bfloat16"), (False, True)):
                         if not token_major or tokens == 16:
                             config = config_of(v, tokens, ranks, dtype, blocks, token_major=token_major)
-                            yield from (skinny_spec(config.with_epilogue(epilogue)) for epilogue in EPILOGUES)
+                            yield config
+                            if has_parts(v) and ranks <= PARTS_RANKS and (blocks == 2 or v == 128):
+                                yield replace(config, parts=True)
+
+
+def _few_columns(arch: str) -> Iterator[KernelSpec]:
+    if arch == "sm_90":
+        yield turn_in_spec()
+        yield turn_out_spec()
+    if arch == "sm_90a":
+        for config in _few_configs():
+            yield from (skinny_spec(config.with_epilogue(epilogue)) for epilogue in EPILOGUES)
 
 
 FAMILIES: tuple[Callable[[str], Iterator[KernelSpec]], ...] = (_products, _few_columns, _moves)

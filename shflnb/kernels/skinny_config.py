@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
-__all__ = ["BARRIER_BYTES", "FOURS", "ID_SLOTS", "MAX_N", "STITCHERS", "TILE_K", "TURN_IN_FEATURES",
-           "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of", "memory_us", "predict_us",
-           "room_for", "stores_directly", "takes_tokens"]  # fmt: skip
+__all__ = ["ACTIVATED", "BARRIER_BYTES", "FOURS", "ID_SLOTS", "MAX_N", "PARTS_RANKS", "STITCHERS", "TILE_K",
+           "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of",
+           "has_parts", "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens"]  # fmt: skip
 
 MAX_N = 64
 """Columns that the kernel has room for."""
@@ -42,12 +42,21 @@ FOURS = 1
 """Flag of the kernel that turns x: features are contiguous, a multiple of four, and each four start at 8-byte
 boundaries."""
 
+ACTIVATED = 16
+"""Flag of a part whose results the epilogue's activation is for, beside those of `epilogue.py`."""
+
+PARTS_RANKS = 4
+"""Most blocks of a cluster where a matrix has parts: they have few groups only if all of them are small."""
+
 LONG_TILES = 48
 """k tiles of a group from which eight blocks share it, if they stitch token-major x."""
 
-TOKENS_SPREAD, TOKENS_SPREAD_SMALL = 56, 64
+TOKENS_SPREAD, TOKENS_SPREAD_SMALL, TOKENS_SPREAD_LEAST = 56, 60, 64
 """Tokens per share of kept columns up to which token-major x is stitched value by value: the fewer columns are kept,
-the fewer of a sector's values are. The second where k is small, and m or the number of tokens (H100, 2026-11-26)."""
+the fewer of a sector's values are. The second where k and m are small, the third for few tokens and small k."""
+
+TOKENS_NARROW = 0.4
+"""Share of these tokens for groups of 32 rows, which read x twice as often (both: H100, 2026-11-26)."""
 
 DIRECT_VALUES, DIRECT_FEW_VALUES = 80_000, 400_000
 """Values of a token-major result that are stored one by one, with 16 columns or more and with fewer; more of them are
@@ -73,6 +82,8 @@ class SkinnyConfig:
     blocks_per_sm: int = 2
     token_major: bool = False
     """Whether x is token-major; else it is feature-major, its rows at 16-byte boundaries."""
+    parts: bool = False
+    """Whether there are several packed matrices, each with its own result (`skinny_parts.py`)."""
 
     def __post_init__(self) -> None:
         if self.v not in (16, 32, 64, 128) or self.chunks not in (2, 4, 8):
@@ -143,8 +154,9 @@ class SkinnyConfig:
     def name(self) -> str:
         """The kernel's name, as a profiler shows it."""
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
+        ways = f"{'_tokens' if self.token_major else ''}{'_parts' if self.parts else ''}"
         return (f"shflbw_skinny90_{kind}_v{self.v}_n{8 * self.chunks}_r{self.ranks}_s{self.stages}"
-                f"_b{self.blocks_per_sm}{'_tokens' if self.token_major else ''}_{self.epilogue}")  # fmt: skip
+                f"_b{self.blocks_per_sm}{ways}_{self.epilogue}")  # fmt: skip
 
     def with_epilogue(self, epilogue: str) -> SkinnyConfig:
         """The same kernel with another epilogue."""
@@ -162,24 +174,26 @@ def room_for(n: int) -> int:
 
 
 def config_of(
-    v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int, *, token_major: bool = False
-) -> SkinnyConfig:  # fmt: skip
+    v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int, *, token_major: bool = False, parts: bool = False
+) -> SkinnyConfig:
     """The kernel for n columns and this many ranks, with as many stages as fit."""
-    base = SkinnyConfig(v, room_for(n) // 8, ranks, 4, dtype, blocks_per_sm=1, token_major=token_major)
+    base = SkinnyConfig(v, room_for(n) // 8, ranks, 4, dtype, blocks_per_sm=1, token_major=token_major, parts=parts)
     rest = base.smem_bytes - base.stages * base.stage_bytes
     stages = min(20, (_smem_room(blocks_per_sm) - rest) // base.stage_bytes)
     return replace(base, stages=stages, blocks_per_sm=blocks_per_sm)
 
 
 def choose_config(
-    v: int, n: int, groups: int, tiles: int, dtype: str, sm_count: int, *, token_major: bool = False
-) -> SkinnyConfig:
+    v: int, n: int, groups: int, tiles: int, dtype: str, sm_count: int, *, token_major: bool = False,
+    parts: bool = False,
+) -> SkinnyConfig:  # fmt: skip
     """The kernel for a packed matrix of so many groups and k tiles in all, on a device of so many multiprocessors.
 
     By measurement over layers of language models at 50 to 87.5 % (H200, 2026-11-22; H100, 2026-11-26): every
     multiprocessor needs about a group of 64 rows; with up to 32 columns and 16 tiles a group, two ranks are a few
     percent better than one (their blocks end closer to each other), and with token-major x and very long groups eight;
-    two blocks share an SM unless a stage is large, or there is one for each anyway.
+    two blocks share an SM unless a stage is large, or there is one for each anyway. With `parts` there are fewer
+    kernels to choose from, so that there are fewer to compile and check.
     """
     work = groups * v / 64
     ranks = next((r for r in (1, 2, 4) if r * work >= FILLED * sm_count), 8)
@@ -187,9 +201,9 @@ def choose_config(
         ranks = 2
     if token_major and tiles >= LONG_TILES * groups:
         ranks = 8
-    ranks = min(ranks, v // 8)
-    is_wide = v == 128 or (room_for(n) == 64 and ranks * work < 2 * FILLED * sm_count)
-    return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major)
+    ranks = min(ranks, v // 8, PARTS_RANKS if parts else 8)
+    is_wide = v == 128 or (room_for(n) == 64 and ranks * work < 2 * FILLED * sm_count and not parts)
+    return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major, parts=parts)
 
 
 def memory_us(nbytes: int, sm_count: int) -> float:
@@ -202,12 +216,22 @@ def predict_us(nbytes: int, sm_count: int) -> float:
     return START_US + memory_us(nbytes, sm_count)
 
 
-def takes_tokens(m: int, k: int, n: int, density: float) -> bool:
+def takes_tokens(m: int, k: int, n: int, v: int, density: float) -> bool:
     """Whether the product stitches token-major x itself, at this share of kept columns; else it is turned first."""
-    is_small = k <= 8192 and (n <= 8 or m <= 8192)
-    return n <= 16 and n <= (TOKENS_SPREAD_SMALL if is_small else TOKENS_SPREAD) * density
+    spread = TOKENS_SPREAD
+    if k <= 8192:
+        spread = TOKENS_SPREAD_LEAST if n <= 8 else TOKENS_SPREAD_SMALL if m <= 8192 else spread
+    return n <= 16 and n <= spread * density * (1.0 if v >= 64 else TOKENS_NARROW)
 
 
-def stores_directly(m: int, n: int) -> bool:
-    """Whether the product itself stores a token-major result, 2 bytes at a time."""
-    return m * n <= (DIRECT_VALUES if n >= 16 else DIRECT_FEW_VALUES)
+def stores_directly(m: int, n: int, *, parts: bool = False) -> bool:
+    """Whether the product itself stores a token-major result, 2 bytes at a time.
+
+    With `parts` m is that of all of them together: the alternative is to turn each, by a launch of its own.
+    """
+    return m * n <= (DIRECT_FEW_VALUES if n < 16 else (2 if parts else 1) * DIRECT_VALUES)
+
+
+def has_parts(v: int) -> bool:
+    """Whether products with groups of v rows are joined; the least would only double the kernels of this family."""
+    return v >= 32

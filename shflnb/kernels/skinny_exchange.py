@@ -24,6 +24,7 @@ from .epilogue import HAS_RESIDUAL, NO_ROW, make_activation, make_load_bias
 from .ptx import (
     bar_sync,
     ld_global_nc_v2,
+    ld_global_nc_v4,
     ld_global_u16,
     mbarrier_arrive_expect_tx,
     mbarrier_wait_parity,
@@ -33,24 +34,65 @@ from .ptx import (
     warp_sync,
 )
 from .ptx_cluster import ld_shared_v4_f32, rank_address, st_async_v4_f32, st_shared_v4_f32
-from .skinny_config import SkinnyConfig
+from .skinny_config import ACTIVATED, SkinnyConfig
 
-__all__ = ["make_finish"]
+__all__ = ["make_finish", "make_own_place"]
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
 
 
+def make_own_place(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function -> (rows, out, ot, bias, flags) of a queue record's part; the arguments where there are no parts.
+
+    The record of `rows`, of a part: addresses of its rows and of its bias, then its first row among those of all parts,
+    its rows, its flags and 0 (uint32). Results of one part stand behind those of the one before: feature-major ones as
+    slabs (rows, n) of one array, token-major ones (`of` is 1) each as an array (n, rows) of its own.
+    """
+    if config.parts:
+
+        def own_place(part, rows, n, out, ot, of, bias, flags):
+            at = rows + u64(part) * u64(32)
+            where, what = ld_global_nc_v4(at), ld_global_nc_v4(at + u64(16))
+            own_rows = u64(where[1]) << u64(32) | u64(where[0])
+            own_bias = u64(where[3]) << u64(32) | u64(where[2])
+            own_ot = u64(what[1]) if of == u64(1) else ot
+            return own_rows, out + u64(what[0]) * n * u64(2), own_ot, own_bias, u32(what[2])
+
+    else:
+
+        def own_place(part, rows, n, out, ot, of, bias, flags):
+            return rows, out, ot, bias, u32(flags)
+
+    return cuda.jit(device=True, forceinline=True)(own_place)
+
+
+def make_finished(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function (sum, flags) -> activated sum; with parts only for those that are."""
+    activation = make_activation(config.epilogue)
+    if config.parts:
+
+        def finished(a, flags):
+            return activation(a) if flags & u32(ACTIVATED) else a
+
+    else:
+
+        def finished(a, flags):
+            return activation(a)
+
+    return cuda.jit(device=True, forceinline=True)(finished)
+
+
 def make_store_four(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function that finishes and stores two rows of tokens t and t + 8, those that exist."""
-    plain = config.epilogue == "plain"
-    activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
+    plain, adds_nothing = config.epilogue == "plain", config.epilogue == "plain" or config.parts
+    finished, load_bias = make_finished(config), make_load_bias(config.dtype)
     pack, low = pack_pair[config.dtype], unpack_low[config.dtype]
 
     @cuda.jit(device=True, forceinline=True)
     def store_pair(first, second, row, token, n, out, ot, of, residual, rt, rf, flags):
         if row != u32(NO_ROW) and token < n:
             later = u32(token + u32(8))
-            if not plain:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
+            if not adds_nothing:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
                 if flags & u32(HAS_RESIDUAL):
                     at = residual + (u64(row) * rf + u64(token) * rt) * u64(2)
                     first = first + low(u32(ld_global_u16(at)))
@@ -66,8 +108,10 @@ def make_store_four(config: SkinnyConfig) -> Callable[..., Any]:
         bias0, bias1 = f32(0.0), f32(0.0)
         if not plain:
             bias0, bias1 = load_bias(bias, row0, flags), load_bias(bias, row1, flags)
-        store_pair(activation(a0 + bias0), activation(a2 + bias0), row0, token, n, out, ot, of, residual, rt, rf, flags)
-        store_pair(activation(a1 + bias1), activation(a3 + bias1), row1, token, n, out, ot, of, residual, rt, rf, flags)
+        store_pair(finished(a0 + bias0, flags), finished(a2 + bias0, flags), row0, token, n, out, ot, of, residual, rt,
+                   rf, flags)  # fmt: skip
+        store_pair(finished(a1 + bias1, flags), finished(a3 + bias1, flags), row1, token, n, out, ot, of, residual, rt,
+                   rf, flags)  # fmt: skip
 
     return cuda.jit(device=True, forceinline=True)(store_four)
 

@@ -19,10 +19,10 @@ from .skinny_config import (
     config_of,
     room_for,
 )
-from .spmm_plan import DeviceWeights, device_queue, device_weights, keep
+from .spmm_plan import device_queue, device_weights, keep
 
-__all__ = ["SkinnyPlan", "SkinnyRoad", "kernel_spec", "launch_skinny", "skinny_plan", "turn_of_out", "turn_of_x",
-           "turn_in_spec", "turn_out_spec"]  # fmt: skip
+__all__ = ["SkinnyPlan", "SkinnyRoad", "find_room", "kernel_spec", "launch_skinny", "skinny_plan", "turn_of_out",
+           "turn_of_x", "turn_in_spec", "turn_out_spec"]  # fmt: skip
 
 ARGUMENTS = 15
 
@@ -34,14 +34,10 @@ class SkinnyPlan:
     config: SkinnyConfig
     kernel: LoadedKernel
     launch_config: Any
-    weights: DeviceWeights
-    queue: DeviceMemory
-
-    @property
-    def head(self) -> tuple[int, ...]:
-        """Addresses of values, columns, queue and rows."""
-        values, columns, rows = self.weights.memory.addresses
-        return values, columns, self.queue.addresses[0], rows
+    head: tuple[int, ...]
+    """Addresses of values, columns, queue and rows."""
+    memory: tuple[DeviceMemory, ...]
+    """What lies there."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +104,24 @@ def turn_out_spec() -> KernelSpec:
     return KernelSpec("shflnb_skinny_turn_out", "shflnb_skinny_turn_out", "turn", make, 7, TURN_THREADS)
 
 
+def find_room(
+    config: SkinnyConfig, groups: int, context: DeviceContext, stream: int
+) -> tuple[SkinnyConfig, LoadedKernel, int]:
+    """The config, its kernel and the clusters to launch; of one block each where the device has no room for more."""
+    clusters = 0
+    if config.ranks > 1:
+        kernel = context.kernel(kernel_spec(config), stream)
+        with context.current():
+            clusters = kernel.max_clusters(config.ranks)
+    if clusters == 0:  # one block each, also where a part of a device has no room for a cluster
+        alone = config_of(config.v, 8 * config.chunks, 1, config.dtype, config.blocks_per_sm,
+                          token_major=config.token_major, parts=config.parts)  # fmt: skip
+        config = alone.with_epilogue(config.epilogue)
+        kernel = context.kernel(kernel_spec(config), stream)
+        clusters = context.sm_count * config.blocks_per_sm
+    return config, kernel, min(clusters, groups)
+
+
 def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int, *,
                 token_major: bool = False) -> SkinnyPlan:  # fmt: skip
     """The launch record for n columns; built at the first call with as many, in units of 16, then found again.
@@ -121,19 +135,12 @@ def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: 
         tiles = int(weights.counts.sum())
         groups, v = len(weights.counts), packed.block[0]
         config = choose_config(v, n, groups, tiles, packed.dtype, context.sm_count, token_major=token_major)
-        clusters = 0
-        if config.ranks > 1:
-            kernel = context.kernel(kernel_spec(config.with_epilogue(epilogue)), stream)
-            with context.current():
-                clusters = kernel.max_clusters(config.ranks)
-        if clusters == 0:  # one block each, also where a part of a device has no room for a cluster
-            config = config_of(v, n, 1, packed.dtype, config.blocks_per_sm, token_major=token_major)
-            kernel = context.kernel(kernel_spec(config.with_epilogue(epilogue)), stream)
-            clusters = context.sm_count * config.blocks_per_sm
-        config, clusters = config.with_epilogue(epilogue), min(clusters, groups)
+        config, kernel, clusters = find_room(config.with_epilogue(epilogue), groups, context, stream)
         queue = device_queue(packed, context, weights, (1, clusters, 1), stream)
         launch_config = kernel.config(clusters, cluster=config.ranks, is_chained=True)
-        plan = SkinnyPlan(config, kernel, launch_config, weights, queue)
+        values, columns, rows = weights.memory.addresses
+        head = values, columns, queue.addresses[0], rows
+        plan = SkinnyPlan(config, kernel, launch_config, head, (weights.memory, queue))
         keep(packed, key, plan)
     return plan
 

@@ -39,6 +39,7 @@ from .ptx import (
     cp_async_mbarrier_arrive_noinc,
     cp_async_wait,
     fence_proxy_async,
+    ld_global_nc_v2,
     ld_global_nc_v4,
     ld_shared_v4,
     mad_wide_u32,
@@ -65,7 +66,7 @@ from .ptx_cluster import (
     low_halves,
 )
 from .skinny_config import BARRIER_BYTES, ID_SLOTS, STITCHERS, TILE_K, SkinnyConfig
-from .skinny_exchange import make_finish
+from .skinny_exchange import make_finish, make_own_place
 
 __all__ = ["make_skinny_wgmma"]
 
@@ -89,20 +90,39 @@ def make_own_tiles(config: SkinnyConfig) -> Callable[..., Any]:
     return own_tiles
 
 
+def make_own_origin(config: SkinnyConfig, place: int) -> Callable[..., Any]:
+    """Device function (address of a queue record, origin) -> where its k tiles count from.
+
+    `origin`, or with parts an address in the record: of the values (`place` 0) or the columns (1) of the record's part.
+    """
+    if config.parts:
+
+        def own_origin(record, origin):
+            two = ld_global_nc_v2(record + u64(16 + 8 * place))
+            return u64(two[1]) << u64(32) | u64(two[0])
+
+    else:
+
+        def own_origin(record, origin):
+            return origin
+
+    return cuda.jit(device=True, forceinline=True)(own_origin)
+
+
 def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function of one thread: the weights of every stage."""
     stages, stage_bytes, x_bytes, w_bytes = config.stages, config.stage_bytes, config.x_bytes, config.w_bytes
-    own_tiles = make_own_tiles(config)
+    own_tiles, own_origin = make_own_tiles(config), make_own_origin(config, 0)
 
     @cuda.jit(device=True, forceinline=True)
     def stream_weights(base, full, empty, values, queue, turn_bytes, rank):
         stage, phase = u32(0), u32(1)
-        entry = ld_global_nc_v4(queue)
+        entry, origin = ld_global_nc_v4(queue), own_origin(queue, values)
         while entry[2] > u32(0):
             own = own_tiles(entry[1], entry[2], rank)
+            source = origin + u64(own[0]) * u64(w_bytes)
             queue += turn_bytes
-            entry = ld_global_nc_v4(queue)
-            source = values + u64(own[0]) * u64(w_bytes)
+            entry, origin = ld_global_nc_v4(queue), own_origin(queue, values)
             for _ in range(own[1]):
                 mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
                 full_at = u32(full + stage * u32(8))
@@ -154,7 +174,7 @@ def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
 def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function of a warp: the stitched x of every fourth stage."""
     chunks, row_bytes, stages, stage_bytes = config.chunks, config.row_bytes, config.stages, config.stage_bytes
-    own_tiles = make_own_tiles(config)
+    own_tiles, own_origin = make_own_tiles(config), make_own_origin(config, 1)
     lane_rows = 2 * chunks  # rows of a stage that a lane copies a chunk of
     fours = lane_rows // 4
     coarse, mask = SWIZZLES[chunks]
@@ -200,26 +220,26 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
         stage, phase = member, u32(1)
         # the ids of a stage are asked for IDS_AHEAD of this warp's stages before their use. `coming`: stages whose ids
         # are on their way; `step`: the next one, inside a record of `count`
-        entry = ld_global_nc_v4(queue)
-        following = entry  # the record after it, asked for early
+        entry, origin = ld_global_nc_v4(queue), own_origin(queue, columns)
+        following, next_origin = entry, origin  # of the record after it, asked for early
         if entry[2] > u32(0):
             queue += turn_bytes
-            following = ld_global_nc_v4(queue)
+            following, next_origin = ld_global_nc_v4(queue), own_origin(queue, columns)
         own = own_tiles(entry[1], entry[2], rank)
         count, step, tiles = own[1], member, entry[2]
-        ids_at = columns + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
+        ids_at = origin + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
         to_slot, slot, lead, coming = u32(0), u32(0), u32(0), u32(0)
         while lead < u32(IDS_AHEAD) or coming > u32(0):
             while step >= count and tiles > u32(0):  # this warp's next stage: in one of the records that follow
                 step = u32(step - count)
-                entry = following
+                entry, origin = following, next_origin
                 tiles = entry[2]
                 if tiles > u32(0):
                     queue += turn_bytes
-                    following = ld_global_nc_v4(queue)
+                    following, next_origin = ld_global_nc_v4(queue), own_origin(queue, columns)
                 own = own_tiles(entry[1], tiles, rank)
                 count = own[1]
-                ids_at = columns + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
+                ids_at = origin + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
             if tiles > u32(0):
                 if lane < u32(16):
                     cp_async_16_whole(u32(id_ring + to_slot + lane * u32(16)), ids_at + u64(step) * u64(TILE_K * 4))
@@ -294,6 +314,10 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     output row of every packed row, `NO_ROW` for rows that do not exist. x: feature-major, rows `ldx` apart start at
     16-byte boundaries; or with `token_major` tokens `ldx` apart, anywhere. out and residual: any token and feature
     strides. flags: see `epilogue.py`.
+
+    With `parts` values, columns, bias and residual are not used. A record of the queue goes on with two addresses, of
+    the values and columns of its part, and its fourth uint32 is the number of the part; groups and k tiles count within
+    the part. rows is the table of `make_own_place`.
     """
     stages, stage_bytes, ranks, token_warps = config.stages, config.stage_bytes, config.ranks, config.token_warps
     registers, barriers = config.v // 2, stages * stage_bytes
@@ -301,6 +325,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     exchange = id_rings + config.ids_bytes
     own_tiles, stream_weights, stitch = make_own_tiles(config), make_stream_weights(config), make_stitch(config)
     multiply, (begin, finish, row_values) = make_multiply(config), make_finish(config)
+    own_place, record_bytes = make_own_place(config), 32 if config.parts else 16
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
 
     def skinny_wgmma(values, columns, queue, rows, x, out, bias, residual, n, ldx, ot, of, rt, rf, flags):
@@ -312,8 +337,8 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
         tid = u32(cuda.threadIdx.x)
         lane, warp, block = u32(tid & u32(31)), u32(tid >> u32(5)), u32(cuda.blockIdx.x)
         rank = u32(block & u32(ranks - 1))
-        turn_bytes = u64(u32(cuda.gridDim.x) // u32(ranks)) * u64(16)
-        own_queue = queue + u64(block // u32(ranks)) * u64(16)
+        turn_bytes = u64(u32(cuda.gridDim.x) // u32(ranks)) * u64(record_bytes)
+        own_queue = queue + u64(block // u32(ranks)) * u64(record_bytes)
         if tid == u32(0):
             for stage in range(stages):
                 # full: a stitching warp's lanes and the weights' bytes; empty: the leader of the consumers
@@ -346,7 +371,8 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
                 cluster_wait()
             grid_wait()  # before anything is stored: the kernel before may still read it
             while entry[2] > u32(0):
-                begin(targets, rows, entry[0], warp, lane, rank)
+                own_rows, to, to_token, own_bias, own_flags = own_place(entry[3], rows, n, out, ot, of, bias, flags)
+                begin(targets, own_rows, entry[0], warp, lane, rank)
                 count = own_tiles(entry[1], entry[2], rank)[1]
                 own_queue += turn_bytes
                 entry = ld_global_nc_v4(own_queue)
@@ -370,8 +396,8 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
                 wait_all()
                 if tid == u32(0) and count > u32(0):
                     mbarrier_arrive(release)
-                finish(acc, targets, u32(base + u32(exchange)), arrived, turn, rank, warp, lane, u32(n), out, ot, of,
-                       bias, residual, rt, rf, u32(flags))  # fmt: skip
+                finish(acc, targets, u32(base + u32(exchange)), arrived, turn, rank, warp, lane, u32(n), to, to_token,
+                       of, own_bias, residual, rt, rf, own_flags)  # fmt: skip
                 turn = u32(turn + u32(1))
 
     return skinny_wgmma

@@ -345,7 +345,7 @@ class _Work:
             for name in group:
                 layer = self.model.get_submodule(name)
                 assert isinstance(layer, ShflLinear), "replaced in _commit"
-                layer.shared = shared
+                layer.share(shared)
         for name, (leaf, activation) in layout.fused.items():
             layer = self.model.get_submodule(name)
             assert isinstance(layer, ShflLinear), "replaced in _commit"

@@ -75,7 +75,7 @@ def restore_layers(model: nn.Module, records: dict[str, dict[str, Any]], identit
         layer.name, layer.layout = name, layout
         if "shared" in record:
             readers = sum(other.get("shared") == record["shared"] for other in records.values())
-            layer.shared = shared.setdefault(record["shared"], SharedInput(readers))
+            layer.share(shared.setdefault(record["shared"], SharedInput(readers)))
         layer.requires_grad_(linear.weight.requires_grad)
         replace_module(model, _all_names(model, linear), layer)
     for name in identities:

@@ -15,6 +15,7 @@ from ..errors import ArgumentError, DtypeError, ShapeError, ShflnbError
 from ..formats import ShflBWMatrix, pack
 from ..formats.shflbw import check_block
 from ..patterns import prune
+from .joint import JointProducts, few_layout
 from .layout import is_feature_major, to_feature_major
 from .op import ACTIVATIONS, FEW_TOKENS, activate, dense_weight, packed_linear, turned
 
@@ -232,9 +233,16 @@ class ShflLinear(nn.Module):
             # Not while exporting: the number of tokens would become a condition of the exported program.
             if x.device.type in SHARE_ON and not _is_exporting() and x.numel() > FEW_TOKENS * self.in_features:
                 return self._compiled(x, activation)
-        elif self.shared is not None and x.device.type in SHARE_ON and not torch.is_grad_enabled():
-            layout = ("feature" if is_feature_major(x) else "token") if layout == "same" else layout
-            x = self.shared.feature_major(x)
+        elif (self.shared is not None or layout == "feature") and x.device.type in SHARE_ON:
+            shared = None if torch.is_grad_enabled() else self.shared
+            if x.numel() <= FEW_TOKENS * self.in_features:
+                y = None if shared is None else shared.joint.result(self, x)
+                if y is not None:
+                    return y
+                layout = few_layout(layout, x.numel() // max(1, self.in_features)) if layout == "feature" else layout
+            elif shared is not None:
+                layout = ("feature" if is_feature_major(x) else "token") if layout == "same" else layout
+                x = shared.feature_major(x)
         return packed_linear(
             x, self.values, self.indices, self.indptr, self.row_perm, self.bias,
             k=self.in_features, tile_k=self.block[1], activation=activation, layout=layout,
@@ -272,6 +280,16 @@ class ShflLinear(nn.Module):
     def _form(self) -> list[int]:
         activation = 0 if self.activation is None else 1 + ACTIVATIONS.index(self.activation)
         return [self.in_features, self.out_features, *self.block, activation]
+
+    def share(self, shared: SharedInput) -> None:
+        """Let the layer read its input, and compute, together with the others that `shared` is given to."""
+        self.shared = shared
+        shared.joint.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.shared is not None:  # of a copy: with the copies of the others
+            self.share(self.shared)
 
     def set_activation(self, activation: str | None) -> None:
         """Choose what the epilogue computes."""
@@ -323,14 +341,16 @@ class ShflLinear(nn.Module):
 class SharedInput:
     """One feature-major copy for several layers that read the same tensor (q, k and v; gate and up).
 
-    In eager inference, and in the graph that `torch.compile` traces. In eager mode the copy belongs to one tensor
-    object, one version of its contents and one stream; it goes when the tensor goes, or when the last of `readers`
-    layers has taken it. Tensors made under `inference_mode` have no version: there the planner has seen that nothing
-    writes between the readers.
+    Up to `FEW_TOKENS` tokens nothing is copied: `joint` computes for all of them at once. Beyond that it is made in
+    eager inference, and in the graph that `torch.compile` traces. In eager mode it belongs to one tensor object, one
+    version of its contents and one stream; it goes when the tensor goes, or when the last of `readers` layers has taken
+    it. Tensors made under `inference_mode` have no version: there the planner has seen that nothing writes between the
+    readers.
     """
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
+        self.joint = JointProducts(readers)
         self._entry: tuple[Any, ...] | None = None
         self._source: torch.Tensor | None = None
         self._copy: torch.Tensor | None = None

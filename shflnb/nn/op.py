@@ -22,7 +22,8 @@ from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from .layout import is_feature_major
 from .record import launch_record
 
-__all__ = ["ACTIVATIONS", "FEW_TOKENS", "activate", "dense_weight", "packed_linear", "turned"]
+__all__ = ["ACTIVATIONS", "FEW_TOKENS", "activate", "dense_weight", "dispatch_state", "is_plain_call", "packed_linear",
+           "turned"]  # fmt: skip
 
 ACTIVATIONS = ("relu", "gelu", "silu")
 """What the epilogue can do; "gelu" is the exact form, with the error function."""
@@ -100,7 +101,7 @@ def packed_linear(
     else:
         raise ArgumentError(f"layout is {layout!r}; expected 'same', 'token' or 'feature'")
     args = (x, values, indices, indptr, row_perm, bias, k, tile_k, activation, feature_out)
-    if _is_plain_call(x, values, bias):
+    if is_plain_call(x, values, bias):
         return _linear(*args)
     return torch.ops.shflnb.linear.default(*args)
 
@@ -116,7 +117,7 @@ def activate(z: torch.Tensor, activation: str | None) -> torch.Tensor:
 # -- the forward pass -------------------------------------------------------------------------------------------------
 
 
-def _dispatch_state() -> tuple[int, int]:
+def dispatch_state() -> tuple[int, int]:
     """The key sets that modes, autocast, tracing and functorch transforms change for the current thread."""
     return _include_set().raw_repr(), _exclude_set().raw_repr()
 
@@ -133,7 +134,7 @@ def _learn_plain_calls() -> None:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for inference in (False, True):
         with torch.inference_mode(inference):
-            _PLAIN_STATES.add(_dispatch_state())
+            _PLAIN_STATES.add(dispatch_state())
             _PLAIN_KEYS.update(_keys_of(torch.empty(0, device=device)).raw_repr() for device in devices)
 
 
@@ -141,7 +142,7 @@ if None not in (_include_set, _exclude_set, _keys_of):
     _learn_plain_calls()
 
 
-def _is_plain_call(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def is_plain_call(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether nothing stands between the call and the kernel, so that the dispatcher's 10 us can be saved.
 
     No gradient, no tracing, no autocast, no dispatch mode, no functorch transform, no tensor subclass: read off the
@@ -156,7 +157,7 @@ def _is_plain_call(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | N
     return (
         type(x) is torch.Tensor
         and _keys_of(x).raw_repr() in _PLAIN_KEYS
-        and _dispatch_state() in _PLAIN_STATES
+        and dispatch_state() in _PLAIN_STATES
         and not torch._C._is_torch_function_mode_enabled()
     )
 

@@ -199,7 +199,7 @@ def _few_columns(
 
     m, k = half.shape
     groups, tiles = half.groups, int((-(-half.counts // TILE_K)).sum())
-    token_major = takes_tokens(m, k, n, half.density)
+    token_major = takes_tokens(m, k, n, half.v, half.density)
     config = choose_config(half.v, n, groups, tiles, half.dtype, sm_count, token_major=token_major)
     registers, resident = (None, config.blocks_per_sm) if ordinal is None else _ask(kernel_spec(config), ordinal)
     nbytes = half.values.nbytes

@@ -97,10 +97,13 @@ def test_the_crossovers() -> None:
     assert not stores_directly(131072, 8)
     assert stores_directly(4096, 16) and not stores_directly(4096, 32)
     small, long = (4096, 4096), (4096, 14336)
-    assert takes_tokens(*small, 16, 0.25) and not takes_tokens(*small, 17, 1.0) and takes_tokens(*small, 8, 0.125)
-    assert takes_tokens(*long, 14, 0.25) and not takes_tokens(*long, 16, 0.25) and takes_tokens(*long, 16, 0.5)
-    assert takes_tokens(28672, 4096, 8, 0.125) and not takes_tokens(28672, 4096, 16, 0.25)
-    assert not takes_tokens(*small, 1, 0.0)
+    assert takes_tokens(*small, 15, 64, 0.25) and not takes_tokens(*small, 16, 64, 0.25)
+    assert takes_tokens(*small, 16, 64, 0.5) and not takes_tokens(*small, 17, 64, 1.0)
+    assert takes_tokens(*small, 8, 128, 0.125) and not takes_tokens(*small, 8, 32, 0.25)
+    assert takes_tokens(*long, 14, 64, 0.25) and not takes_tokens(*long, 16, 64, 0.25)
+    assert takes_tokens(*long, 16, 64, 0.5) and takes_tokens(*small, 4, 32, 0.25)
+    assert takes_tokens(28672, 4096, 8, 64, 0.125) and not takes_tokens(28672, 4096, 16, 64, 0.25)
+    assert not takes_tokens(*small, 1, 64, 0.0)
 
 
 def test_times_are_those_of_memory() -> None:

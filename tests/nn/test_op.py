@@ -13,7 +13,7 @@ from nn_models import dense_by_definition, make_layer, random_packed, tensors
 
 from shflnb.errors import ArgumentError, DeviceError, DtypeError, FormatError, ShapeError
 from shflnb.nn import dense_weight, is_feature_major, packed_linear, to_feature_major
-from shflnb.nn.op import _is_plain_call
+from shflnb.nn.op import is_plain_call
 
 ACTIVATIONS = (None, "relu", "gelu", "silu")
 ACT = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -255,17 +255,17 @@ def test_the_short_way_is_taken_only_when_nothing_is_in_between() -> None:
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    assert _is_plain_call(x, layer.values, layer.bias)
-    assert not _is_plain_call(x.clone().requires_grad_(), layer.values, layer.bias)
+    assert is_plain_call(x, layer.values, layer.bias)
+    assert not is_plain_call(x.clone().requires_grad_(), layer.values, layer.bias)
     with torch.no_grad():
-        assert _is_plain_call(x.clone().requires_grad_(), layer.values, layer.bias)
+        assert is_plain_call(x.clone().requires_grad_(), layer.values, layer.bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not _is_plain_call(x, layer.values, layer.bias)
+        assert not is_plain_call(x, layer.values, layer.bias)
     with Watch():
         y = layer(x)
     assert "shflnb.linear.default" in seen and torch.equal(y, layer(x))
     with torch.inference_mode():
-        assert _is_plain_call(torch.randn(4, 96), layer.values, layer.bias)
+        assert is_plain_call(torch.randn(4, 96), layer.values, layer.bias)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
