@@ -132,6 +132,8 @@ class Config:
             )
         if self.v <= 32 and self.tile_n < 128:
             raise ArgumentError("sm90: v <= 32 puts tokens on the M side, 64 for each of two warpgroups: tile_n >= 128")
+        if self.weights_are_m and self.consumer_n % 64:
+            raise ArgumentError(f"sm90: a consumer stores 64 tokens at a time; this tile leaves it {self.consumer_n}")
         if self.accumulators > 128:
             raise ArgumentError(f"sm90: {self.accumulators} accumulators a thread; at most 128 fit")
         if self.producers == 2 and self.accumulators > 64:

@@ -6,7 +6,8 @@ fitted to times on an H200 (2026-11-22; fp16, warm, CUDA graphs): every candidat
 bytes, or what the tensor cores need if that is longer; a tile costs its stages and its drain; the tiles of the busiest
 multiprocessor, a launch and what device memory adds make the time. In those 495 cases the choice is within 8 % of the
 fastest candidate (0.3 % on average; within 10 % also on shapes left out of a fit), and predictions are 5 % off on
-average. v = 16 was not measured and gets what v = 32 gets.
+average. v = 16 was not measured and gets what v = 32 gets. Consumers in turns at 64 and 128 tokens, and four warps to
+a stage of 128, came later, with 29 shapes on an H100 (2026-11-26).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ DRAIN_US_PER_KB = 0.019  # of results
 EPILOGUE_US_PER_KB = {"gelu": 0.03, "silu": 0.02}  # of results, beside the drain (H100, 2026-11-26; silu: guessed)
 ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longer stands while a tile drains
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
+ALL_STITCH_US, ALL_STITCH_STAGE = 0.5, 1.06  # all four warps at one stage of 128 tokens: there sooner, longer each
 US_PER_MB = 0.05  # of x, weights and result: what device memory adds; three quarters of its time are hidden
 MFLOP_PER_US = 5.6  # of one SM while all work: 740 TFLOP/s over 132 of them, what cuBLAS reaches on random data
 
@@ -61,8 +63,14 @@ H200_SMS = 132
 # tile_n, tile_k, stages, team, alternate
 _SM90_TOKENS = ((256, 64, 5, 2, True), (256, 64, 5, 2, False), (128, 64, 6, 1, False))
 _SM90_TILES = {
-    128: ((256, 64, 4, 4, False), (128, 64, 6, 2, False), (64, 64, 8, 2, False)),
-    64: ((256, 64, 5, 2, True), (256, 64, 5, 2, False), (512, 32, 5, 2, False), (128, 64, 6, 2, False)),
+    128: ((256, 64, 4, 4, False), (128, 64, 6, 2, False), (128, 64, 6, 4, False), (64, 64, 8, 2, False)),
+    64: (
+        (256, 64, 5, 2, True),
+        (256, 64, 5, 2, False),
+        (512, 32, 5, 2, False),
+        (128, 64, 6, 2, True),
+        (64, 64, 8, 2, True),
+    ),
     32: _SM90_TOKENS,
     16: _SM90_TOKENS,
 }
@@ -126,13 +134,16 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
     kib = 2 * config.v * min(problem.n, config.tile_n) / 1024
     drain = DRAIN_US + kib * (DRAIN_US_PER_KB + EPILOGUE_US_PER_KB.get(problem.epilogue, 0.0))
     rounds = max(1, ceil_div(tiles, slots))
+    launch = WGMMA_LAUNCH_US
+    if config.team == 4 and config.tile_n == 128:
+        launch, stage = launch - ALL_STITCH_US, stage * ALL_STITCH_STAGE
     if config.alternate:
         stage *= ALTERNATE_STAGE
         busy = max(rounds * (stages * stage + ALTERNATE_DRAIN * drain), longest * stage) + drain
     else:
         busy = max(rounds * (stages * stage + drain), longest * stage + drain)
     megabytes = 2e-6 * (problem.columns * problem.v + (problem.m + problem.k) * problem.n)
-    return WGMMA_LAUNCH_US + busy + megabytes * US_PER_MB
+    return launch + busy + megabytes * US_PER_MB
 
 
 def roof_us(problem: Problem, sm_count: int, clock_ghz: float = 1.755) -> tuple[float, str]:

@@ -29,9 +29,7 @@ HOPPER, AMPERE = (9, 0), (8, 0)
 def config_of(kernel: str, v: int, tile_n: int, dtype: str = "float16") -> Config:
     kind, _, way = kernel.partition(" ")
     known = (c for c in candidates(v, dtype, HOPPER) if c.kernel == kind and c.tile_n == tile_n)
-    found = [c for c in known if c.alternate == (way == "alternate")]
-    assert len(found) == 1
-    return found[0]
+    return next(c for c in known if c.alternate == (way == "alternate"))
 
 
 def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -53,7 +51,8 @@ STITCHED = [
     ("sm80", 128, 128, "float16"), ("sm80", 64, 256, "bfloat16"), ("sm80", 32, 64, "float16"),
     ("sm80", 16, 128, "float16"),
     ("sm90 alternate", 64, 256, "float16"), ("sm90 alternate", 32, 256, "bfloat16"),
-    ("sm90 alternate", 16, 256, "float16"),
+    ("sm90 alternate", 16, 256, "float16"), ("sm90 alternate", 64, 128, "bfloat16"),
+    ("sm90 alternate", 64, 64, "float16"),
 ]  # fmt: skip
 
 
