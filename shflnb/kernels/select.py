@@ -46,6 +46,7 @@ EPILOGUE_US_PER_KB = {"gelu": 0.03, "silu": 0.02}  # of results, beside the drai
 ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longer stands while a tile drains
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
 ALL_STITCH_US, ALL_STITCH_STAGE = 0.5, 1.06  # all four warps at one stage of 128 tokens: there sooner, longer each
+WIDE_STAGE = 0.9  # time of a stage of 512 tokens, since ptxas assembles it without spills (H100, 2026-11-26)
 US_PER_MB = 0.05  # of x, weights and result: what device memory adds; three quarters of its time are hidden
 MFLOP_PER_US = 5.6  # of one SM while all work: 740 TFLOP/s over 132 of them, what cuBLAS reaches on random data
 
@@ -137,6 +138,8 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
     launch = WGMMA_LAUNCH_US
     if config.team == 4 and config.tile_n == 128:
         launch, stage = launch - ALL_STITCH_US, stage * ALL_STITCH_STAGE
+    if config.tile_n == 512:
+        stage *= WIDE_STAGE
     if config.alternate:
         stage *= ALTERNATE_STAGE
         busy = max(rounds * (stages * stage + ALTERNATE_DRAIN * drain), longest * stage) + drain
