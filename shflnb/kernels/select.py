@@ -48,6 +48,8 @@ ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's produc
 ALL_STITCH_US, ALL_STITCH_STAGE = 0.5, 1.06  # all four warps at one stage of 128 tokens: there sooner, longer each
 WIDE_STAGE = 0.9  # time of a stage of 512 tokens, since ptxas assembles it without spills (H100, 2026-11-26)
 US_PER_MB = 0.05  # of x, weights and result: what device memory adds; three quarters of its time are hidden
+SMALL_X_BYTES = 4e6  # of x, for which every order is as good
+REREAD_BYTES = 40e6  # of weights that may be read from device memory again for every 512 tokens (H100, 2026-11-26)
 MFLOP_PER_US = 5.6  # of one SM while all work: 740 TFLOP/s over 132 of them, what cuBLAS reaches on random data
 
 LAUNCH_US = 2.8  # of the mma.sync kernels, few columns too
@@ -62,7 +64,7 @@ SM80_TFLOPS = {
 H200_SMS = 132
 
 # tile_n, tile_k, stages, team, alternate
-_SM90_TOKENS = ((256, 64, 5, 2, True), (256, 64, 5, 2, False), (128, 64, 6, 1, False))
+_SM90_TOKENS = ((256, 64, 5, 2, True), (256, 64, 5, 2, False), (512, 32, 5, 2, False), (128, 64, 6, 1, False))
 _SM90_TILES = {
     128: ((256, 64, 4, 4, False), (128, 64, 6, 2, False), (128, 64, 6, 4, False), (64, 64, 8, 2, False)),
     64: (
@@ -160,12 +162,22 @@ def roof_us(problem: Problem, sm_count: int, clock_ghz: float = 1.755) -> tuple[
     return (tensor, "tensor cores") if tensor >= traffic else (traffic, "L2 to shared memory")
 
 
-def sweep_of(config: Config, n_tiles: int) -> int:
-    """Column tiles that are swept over all groups before the next: keeps the activations in use inside L2.
+def sweep_of(config: Config, problem: Problem) -> int:
+    """Column tiles that are swept over all groups before the next, so that the activations in use stay inside L2.
 
-    Four tiles of 256 or 512 tokens measured best at k = 4096 and 8192 (8: +1 to +10 %, 2: +5 %; H200, 2026-11).
+    wgmma and up to 64 rows a group: the fewer the better, since an SM's own half of L2 then has them (4096^3, 75 %: one
+    tile is 10 to 14 % faster than four), as long as reading the weights again for every sweep costs less. 128 rows read
+    less of x and more of weights: 1024 tokens (H100, 2026-11-26; the same on an H200 for 128 rows). All at once where
+    all of x is small: a last sweep of cut tiles reads weights for little (33712 x 1024, 1056 tokens: 58 against 69 us).
     """
-    return max(1, min(n_tiles, 4 if config.tile_n >= 256 else 1024 // config.tile_n))
+    n_tiles = ceil_div(problem.n, config.tile_n)
+    if 2 * problem.k * problem.n <= SMALL_X_BYTES:
+        return max(1, n_tiles)
+    tokens = 1024
+    if config.kernel == "sm90" and config.v <= 64:
+        reread = 2 * problem.columns * config.v > REREAD_BYTES and config.v == 64 and config.tile_n == 512
+        tokens = 1024 if reread else config.tile_n
+    return max(1, min(n_tiles, tokens // config.tile_n))
 
 
 def table_key(problem: Problem) -> str:

@@ -176,7 +176,7 @@ def plan_for(
         n_tiles = ceil_div(n, chosen.tile_n)
         tiles = len(weights.counts) * n_tiles
         grid = min(context.sm_count * chosen.blocks_per_sm, tiles) if chosen.kernel == "sm90" else tiles
-        memory = device_queue(packed, context, weights, (n_tiles, grid, sweep_of(chosen, n_tiles)), stream)
+        memory = device_queue(packed, context, weights, (n_tiles, grid, sweep_of(chosen, problem)), stream)
         values, columns, rows = weights.memory.addresses
         launch_config = kernel.config(grid, is_chained=chosen.kernel == "sm90")
         plan = Plan(choice, kernel, launch_config, weights, memory, (values, columns, memory.addresses[0], rows))

@@ -52,7 +52,7 @@ STITCHED = [
     ("sm80", 16, 128, "float16"),
     ("sm90 alternate", 64, 256, "float16"), ("sm90 alternate", 32, 256, "bfloat16"),
     ("sm90 alternate", 16, 256, "float16"), ("sm90 alternate", 64, 128, "bfloat16"),
-    ("sm90 alternate", 64, 64, "float16"),
+    ("sm90 alternate", 64, 64, "float16"), ("sm90", 32, 512, "bfloat16"),
 ]  # fmt: skip
 
 

@@ -87,9 +87,16 @@ def test_the_roof_is_under_every_prediction_of_a_large_product() -> None:
 
 
 def test_a_sweep_is_a_number_of_column_tiles() -> None:
-    for config in candidates(64, "float16", (9, 0)):
-        for n_tiles in (1, 2, 3, 100):
-            assert 1 <= sweep_of(config, n_tiles) <= n_tiles
+    for v in (32, 64, 128):
+        for config in candidates(v, "float16", (9, 0)):
+            for n in (1, 300, 4096, 100_000):
+                asked = problem(4096, 4096, n, v)
+                assert 1 <= sweep_of(config, asked) <= -(-n // config.tile_n)
+    narrow, wide = (Config("sm90", 64, tile_n, tile_k, 5, team=2) for tile_n, tile_k in ((256, 64), (512, 32)))
+    small, large, many = problem(33712, 1024, 1056), problem(4096, 4096, 4096), problem(28672, 4096, 4096)
+    assert sweep_of(narrow, small) == 5, "all of x is small: one sweep"
+    assert [sweep_of(c, p) for p in (large, many) for c in (narrow, wide)] == [1, 1, 1, 2]
+    assert sweep_of(Config("sm90", 128, 256, 64, 4, team=4), problem(4096, 4096, 4096, 128)) == 4
 
 
 # tile_n, tile_k, stages, team, alternate of the wgmma candidates of that day
