@@ -6,6 +6,8 @@
     compute-sanitizer --report-api-errors no --tool synccheck --error-exitcode 9 python tests/kernels/sanitize.py
 
 Run it once without the tool first: that fills the cache of compiled kernels (in several processes with --prebuild).
+With "tiles", "few" or "parts" as arguments only these: the kernels for more than 64 columns, for fewer, and several
+matrices at once. The calls as the selection takes them come without arguments only.
 torch only moves memory here; references come from NumPy, so that nearly all launches under the tool are ours.
 """
 
@@ -23,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_cases as cases
 
-from shflnb.kernels import device_call, skinny_plan
+from shflnb.kernels import device_call, skinny_parts, skinny_plan
+from shflnb.kernels.epilogue import HAS_BIAS
+from shflnb.kernels.launch import device_context
 from shflnb.kernels.skinny_config import config_of
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 from shflnb.reference import judge
@@ -111,24 +115,65 @@ def run_few(config: Any, number: int) -> list[str]:
     return [f"{config.name} {name}: {verdict}" for name, verdict in verdicts.items() if not verdict.holds]
 
 
+def parts_configs() -> list[Any]:
+    """What products of several matrices take: v, ranks and layout of x."""
+    return [
+        config_of(v, n, ranks, "float16", 1 if v == 128 else 2, token_major=token_major, parts=True)
+        for v in (32, 64, 128) for ranks in (1, 2, 4) for n, token_major in ((16, True), (16, False), (64, False))
+    ]  # fmt: skip
+
+
+def run_parts(config: Any, number: int) -> list[str]:
+    """Three matrices, the first with a bias and an activation, in both layouts of the result."""
+    rng, context, wrong = np.random.default_rng(number), device_context(0), []
+    n, k, stream = 8 * config.chunks, 150, torch.cuda.current_stream().cuda_stream
+    matrices = [cases.random_packed(m, k, config.v, seed=m) for m in (config.v + 3, 2 * config.v, 5)]
+    x, bias = rng.standard_normal((n, k)).astype(np.float16), rng.standard_normal(config.v + 3).astype(np.float16)
+    x_at, bias_at = on_device(x), on_device(bias)
+    given = [skinny_parts.Part(matrices[0], bias_at.data_ptr(), HAS_BIAS, True), *map(skinny_parts.Part, matrices[1:])]
+    with (
+        mock.patch.object(skinny_parts, "choose_config", return_value=config),
+        mock.patch.object(skinny_parts, "takes_tokens", return_value=config.token_major),
+    ):
+        parts = skinny_parts.Parts(context, given, "silu", stream)
+        for is_feature in (False, True):
+            road = parts.road(n, is_feature, stream)
+            out, work = (torch.empty(max(1, size), dtype=torch.float16, device="cuda")
+                         for size in (parts.m * n, road.work_values[0]))  # fmt: skip
+            skinny_plan.launch_skinny(road, stream, x_at.data_ptr(), out.data_ptr(), (work.data_ptr(), 0), 0, 0)
+            y, first = host(out, "float16"), 0
+            for matrix, own_bias, activation in zip(matrices, (bias, None, None), ("silu", None, None), strict=True):
+                m = matrix.shape[0]
+                own = y[first * n : (first + m) * n]
+                first += m
+                rows = own.reshape(m, n) if is_feature else own.reshape(n, m).T
+                verdict = judge(rows, matrix, x.T.copy(), own_bias, activation)
+                if not verdict.holds:
+                    wrong.append(f"{config.name} feature-major {is_feature}, {m} rows: {verdict}")
+    return wrong
+
+
 def main() -> int:
-    configs = cases.configs() + cases.configs("bfloat16")
+    asked = [argument for argument in sys.argv[1:] if not argument.startswith("-")] or [
+        "tiles",
+        "few",
+        "parts",
+        "calls",
+    ]
+    tiles = cases.configs() + cases.configs("bfloat16") if "tiles" in asked else []
+    few = few_configs() if "few" in asked else []
+    parts = parts_configs() if "parts" in asked else []
     epilogues = {None: "identity", "gelu": "gelu", "relu": "relu", "silu": "silu"}
     if "--prebuild" in sys.argv:
-        cases.prebuild(
-            [
-                *configs,
-                *few_configs(),
-                *(c.with_epilogue(epilogues[("gelu", "relu", "silu", None)[i % 4]]) for i, c in enumerate(configs)),
-            ]
-        )
-    wrong = [text for number, config in enumerate(configs) for text in run_config(config, number)]
-    wrong += [text for number, config in enumerate(few_configs()) for text in run_few(config, number)] + run_calls()
+        finished = [c.with_epilogue(epilogues[("gelu", "relu", "silu", None)[i % 4]]) for i, c in enumerate(tiles)]
+        cases.prebuild([*tiles, *few, *finished, *(c.with_epilogue("silu") for c in parts)])
+    wrong = [text for number, config in enumerate(tiles) for text in run_config(config, number)]
+    wrong += [text for number, config in enumerate(few) for text in run_few(config, number)]
+    wrong += [text for number, config in enumerate(parts) for text in run_parts(config, number)]
+    if "calls" in asked:
+        wrong += run_calls()
     torch.cuda.synchronize()
-    print(
-        "\n".join(wrong)
-        or f"all products of {len(configs) + len(few_configs())} configs and of the selection are right"
-    )
+    print("\n".join(wrong) or f"all products of {len(tiles) + len(few) + len(parts)} configs are right ({asked})")
     return int(bool(wrong))
 
 
