@@ -19,8 +19,9 @@ def reference(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def agrees(layer: torch.nn.Module, x: torch.Tensor) -> bool:
-    with torch.no_grad():
-        return torch.allclose(layer(x), reference(layer, x), atol=1e-5)
+    want = reference(layer, x)
+    with torch.no_grad():  # sums of large terms may be small: the tolerance is one of the largest result
+        return torch.allclose(layer(x), want, atol=1e-5 * max(1.0, float(want.abs().max())))
 
 
 def test_a_second_call_finds_the_first_ones_record() -> None:
