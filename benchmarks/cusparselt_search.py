@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from cases import Shape
-from peers import DTYPE, Operands, two_of_four
+from peer_operands import DTYPE, Operands, two_of_four
 from protocol import check, measure
 from records import Budget
 

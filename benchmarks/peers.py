@@ -15,41 +15,23 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from cases import PEER_SHAPES, Case, Shape
-from matrices import dense_of, random_packed, random_tensor
+from cusparselt_search import found_for, layouts, run
+from matrices import dense_of, random_packed
+from peer_operands import DTYPE, Operands, two_of_four
 from protocol import check
 
 import shflnb
 
 __all__ = ["DTYPE", "GROUPS", "PEER_V", "Operands", "Peer", "Variant", "expected"]
 
-DTYPE = "float16"
 PEER_V = (32, 64, 128)
 """Group heights that the peers are compared with."""
-
-
-@dataclass
-class Operands:
-    """What all peers of a shape share: x (k, n), its transpose, the dense weight, and an output buffer (m, n)."""
-
-    shape: Shape
-    device: str
-    x: torch.Tensor = field(init=False)
-    xt: torch.Tensor = field(init=False)
-    w: torch.Tensor = field(init=False)
-    out: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        s = self.shape
-        self.x = random_tensor(s.k, s.n, DTYPE, self.device, 100)
-        self.xt = self.x.t().contiguous()
-        self.w = random_tensor(s.m, s.k, DTYPE, self.device, 7, 0.05)
-        self.out = torch.empty(s.m, s.n, dtype=self.w.dtype, device=self.device)
 
 
 @dataclass
@@ -134,19 +116,6 @@ def triton_gather(v: int) -> Callable[[Operands, float], list[Variant]]:
 # -- 2:4 --------------------------------------------------------------------------------------------------------------
 
 
-def two_of_four(o: Operands) -> tuple[Any, torch.Tensor]:
-    """A weight with a random two of every four kept, compressed by cuSPARSELt, and its dense equal."""
-    from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
-
-    if not torch.backends.cusparselt.is_available():
-        raise RuntimeError("this torch is built without cuSPARSELt")
-    SparseSemiStructuredTensor._FORCE_CUTLASS = False
-    noise = torch.rand(o.shape.m, o.shape.k // 4, 4, device=o.device)
-    mask = torch.zeros_like(noise, dtype=torch.bool).scatter_(2, noise.topk(2, dim=2).indices, True)
-    dense = (o.w.view_as(mask) * mask).view_as(o.w).contiguous()
-    return to_sparse_semi_structured(dense), dense
-
-
 def cusparselt(o: Operands, _: float) -> list[Variant]:
     """As torch ships it: the default algorithm, all operand layouts."""
     sparse, dense = two_of_four(o)
@@ -159,8 +128,6 @@ def cusparselt(o: Operands, _: float) -> list[Variant]:
 
 def cusparselt_searched(o: Operands, _: float) -> list[Variant]:
     """With the fastest algorithm for each layout of the operands, see `cusparselt_search.py`."""
-    from cusparselt_search import found_for, layouts, run
-
     sparse, dense = two_of_four(o)
     variants = []
     for layout, choice in found_for(o.shape, tuple(PEER_SHAPES)).items():
