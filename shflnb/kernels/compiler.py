@@ -249,15 +249,17 @@ def build(
     name: str,
     threads: int,
     blocks_per_sm: int = 1,
+    *,
+    linked: bool = False,
 ) -> Cubin:
     """The cubin of a kernel: from the disk cache, or compiled and remembered.
 
-    `make` and `signature` run only to compile.
+    `make` and `signature` run only to compile. With `linked` cuda.core's linker assembles, also where there is a ptxas.
     """
-    path = _cache_path(key, arch)
+    path = _cache_path(f"{key}|linked" if linked else key, arch)
     cubin = _read_cache(path, arch)
     if cubin is None:
         ptx = compile_ptx(make(), signature(), arch, name, threads, blocks_per_sm)
-        cubin = Cubin(name, arch, _assemble(ptx, arch))
+        cubin = Cubin(name, arch, _link(ptx, arch) if linked else _assemble(ptx, arch))
         _write_cache(path, cubin)
     return cubin

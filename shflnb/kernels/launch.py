@@ -43,9 +43,11 @@ class KernelSpec:
 
         return [types.uint64] * self.arguments
 
-    def build(self, arch: str) -> compiler.Cubin:
-        """The kernel's machine code, from the disk cache or compiled now."""
-        return compiler.build(self.key, self.make, self.signature, arch, self.name, self.threads, self.blocks_per_sm)
+    def build(self, arch: str, *, linked: bool = False) -> compiler.Cubin:
+        """The kernel's machine code, from the disk cache or compiled now; with `linked` from the linker, not ptxas."""
+        return compiler.build(
+            self.key, self.make, self.signature, arch, self.name, self.threads, self.blocks_per_sm, linked=linked
+        )
 
 
 @dataclass(frozen=True)
@@ -210,15 +212,12 @@ class DeviceContext:
         return compiler.arch_of(self.capability, spec.family)
 
     def _load(self, spec: KernelSpec) -> LoadedKernel:
-        from cuda.core import ObjectCode
-
         if spec.smem_bytes > self.smem_limit:
             raise DeviceError(
                 f"{spec.name} needs {spec.smem_bytes} bytes of shared memory; "
                 f"{self.name} gives a block {self.smem_limit}"
             )
-        cubin = spec.build(self.arch(spec))
-        kernel = ObjectCode.from_cubin(cubin.code).get_kernel(cubin.name)
+        cubin, kernel = load_cubin(spec, self.arch(spec))
         driver, device = self.driver, self.driver.CUdevice(self.ordinal)
         handle = driver.CUkernel(int(kernel.handle))
         attribute = driver.CUfunction_attribute
@@ -234,6 +233,25 @@ class DeviceContext:
             driver.cuKernelGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, handle, device), "a query"
         )
         return LoadedKernel(spec, kernel, self, int(registers), int(local), cubin.from_cache)
+
+
+def load_cubin(spec: KernelSpec, arch: str) -> tuple[compiler.Cubin, Any]:
+    """A kernel's machine code, and the kernel of it that cuda.core has loaded into the current context."""
+    from cuda.core import ObjectCode
+
+    cubin = spec.build(arch)
+    try:
+        return cubin, ObjectCode.from_cubin(cubin.code).get_kernel(cubin.name)
+    except Exception as error:  # noqa: BLE001 (cuda.core and the driver have no common base)
+        # a ptxas of another CUDA release, found on PATH, may be newer than the driver; the linker is the driver's age
+        try:
+            cubin = spec.build(arch, linked=True)
+            return cubin, ObjectCode.from_cubin(cubin.code).get_kernel(cubin.name)
+        except Exception as second:  # noqa: BLE001
+            raise DeviceError(
+                f"{spec.name} could not be loaded: {type(error).__name__}: {str(error)[:300]}; linked anew: "
+                f"{str(second)[:300]}; install the extra of your driver (shflnb[cu12] or shflnb[cu13])"
+            ) from error
 
 
 class _StreamHandle:

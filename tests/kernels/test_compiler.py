@@ -9,12 +9,13 @@ import stat
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shflnb.errors import DeviceError, MissingDependencyError
-from shflnb.kernels import compiler
+from shflnb.kernels import compiler, launch
 
 CODE = b"\x7fELF" + bytes(range(256)) * 40
 
@@ -64,6 +65,37 @@ def test_key_and_architecture_have_files_of_their_own(builds: Builds, monkeypatc
     monkeypatch.setattr(compiler, "_fingerprint", lambda: "other tools or sources")
     builds.build()
     assert builds.compiled == 4
+
+
+def test_a_driver_that_refuses_the_assembled_code_gets_the_linked(
+    builds: Builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ptxas on PATH may be newer than the driver; both codes are cached, and an error names both refusals."""
+    core = pytest.importorskip("cuda.core")
+    refused: set[bytes] = {CODE}
+    linked = CODE + b" by the linker"
+
+    class Code:
+        def __init__(self, code: bytes) -> None:
+            self.code = code
+
+        def get_kernel(self, name: str) -> str:
+            if self.code in refused:
+                raise RuntimeError(f"no image for this device: {len(self.code)} bytes")
+            return f"{name} of {len(self.code)} bytes"
+
+    monkeypatch.setattr(core, "ObjectCode", SimpleNamespace(from_cubin=Code))
+    monkeypatch.setattr(compiler, "_link", lambda ptx, arch: linked)
+    spec = launch.KernelSpec("key", "name", "copy", lambda: None, 1, 128)
+    monkeypatch.setattr(launch.KernelSpec, "signature", lambda self: [])
+    for compiled in (2, 2):
+        cubin, kernel = launch.load_cubin(spec, "sm_80")
+        assert cubin.code == linked and kernel == f"name of {len(linked)} bytes" and builds.compiled == compiled
+    refused.add(linked)
+    with pytest.raises(DeviceError, match=rf"{len(CODE)} bytes; linked anew: no image .* {len(linked)} bytes"):
+        launch.load_cubin(spec, "sm_80")
+    refused.clear()
+    assert launch.load_cubin(spec, "sm_80")[0].code == CODE
 
 
 def with_checksum(body: bytes) -> bytes:
