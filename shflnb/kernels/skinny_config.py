@@ -51,9 +51,10 @@ PARTS_RANKS = 4
 LONG_TILES = 48
 """k tiles of a group from which eight blocks share it, if they stitch token-major x."""
 
-TOKENS_SPREAD, TOKENS_SPREAD_SMALL, TOKENS_SPREAD_LEAST = 56, 60, 64
+TOKENS_SPREAD, TOKENS_SPREAD_SMALL = 56, 64
 """Tokens per share of kept columns up to which token-major x is stitched value by value: the fewer columns are kept,
-the fewer of a sector's values are. The second where k and m are small, the third for few tokens and small k."""
+the fewer of a sector's values are. The second where k is small, and m or the number of tokens: alone in a stream both
+ways take as long with 16 tokens at 75 %, but behind another library's kernel each launch more is a microsecond."""
 
 TOKENS_NARROW = 0.4
 """Share of these tokens for groups of 32 rows, which read x twice as often (both: H100, 2026-11-26)."""
@@ -218,9 +219,8 @@ def predict_us(nbytes: int, sm_count: int) -> float:
 
 def takes_tokens(m: int, k: int, n: int, v: int, density: float) -> bool:
     """Whether the product stitches token-major x itself, at this share of kept columns; else it is turned first."""
-    spread = TOKENS_SPREAD
-    if k <= 8192:
-        spread = TOKENS_SPREAD_LEAST if n <= 8 else TOKENS_SPREAD_SMALL if m <= 8192 else spread
+    is_small = k <= 8192 and (n <= 8 or m <= 8192)
+    spread = TOKENS_SPREAD_SMALL if is_small else TOKENS_SPREAD
     return n <= 16 and n <= spread * density * (1.0 if v >= 64 else TOKENS_NARROW)
 
 
