@@ -42,10 +42,11 @@ def one_of(four, i):
 
 
 def make_drain(config: Config) -> Callable[..., Any]:
-    """Device function that finishes and stores 64 columns of a warp's 16 rows, from the first 32 accumulators.
+    """Device function that finishes and stores 64 columns of a warp's 16 rows, from 32 accumulators, `first` and on.
 
-    Kept short, for the instruction cache: what only unaligned or cut rows need is in loops, and a residual comes
-    through the same shared memory as the results go.
+    `targets` are the rows of the four chunks that a thread stores, `places` their addresses. Kept short, for the
+    instruction cache: what only unaligned or cut rows need is in loops, and a residual comes through the same shared
+    memory as the results go.
     """
     plain = config.epilogue == "plain"
     activation, pack = make_activation(config.epilogue), pack_pair[config.dtype]
@@ -156,7 +157,7 @@ def make_rows_side(config: Config) -> tuple[int, int, Callable[..., Any], Callab
         places = cuda.local.array(4, u64)
         for q in range(4):
             places[q] = out + u64(targets[q]) * ldo * u64(2)
-        end = u32(column + u32(warp_n))
+        end = min(u32(column + u32(warp_n)), n)
         while column < end:  # as a loop, since the code of a whole tile is more than the instruction cache holds
             no_unroll()
             for d in range(drains):

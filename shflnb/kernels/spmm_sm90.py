@@ -50,8 +50,8 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
     """The kernel function of a config; every argument is uint64 (addresses in bytes, sizes in elements).
 
     queue: for every turn and block a record of four uint32, (group, first k tile, k tiles, column tile); a block walks
-    its column of the queue until a record with no tiles. rows: the output row of every packed row, `NO_ROW` for rows
-    that do not exist. flags: see `epilogue.py`.
+    its column of the queue until a record with no tiles, reading ahead of that (`queue.EMPTY_TURNS`). rows: the output
+    row of every packed row, `NO_ROW` for rows that do not exist. flags: see `epilogue.py`.
     """
     stages, stage_bytes = config.stages, config.stage_bytes
     barriers, copiers, team_threads = stages * stage_bytes, 128 * config.producers, 32 * config.team
