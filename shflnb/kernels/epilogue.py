@@ -25,13 +25,15 @@ from .ptx import (
     ld_shared_v4,
     st_global_v4,
     st_shared_v4,
+    unpack_high,
     unpack_low,
 )
+from .ptx_cluster import ld_shared_u32
 
-__all__ = ["ALIGNED", "BIAS_F32", "HAS_BIAS", "HAS_RESIDUAL", "NO_ROW", "fetch_chunk", "make_activation",
-           "make_bias_value", "make_load_bias", "load_bias_word", "store_chunk"]  # fmt: skip
+__all__ = ["ALIGNED", "BIAS_F32", "HAS_BIAS", "HAS_RESIDUAL", "NO_ROW", "fetch_chunk", "load_bias_word",
+           "make_activation", "make_add_residual", "make_bias_value", "make_load_bias", "store_chunk"]  # fmt: skip
 
-u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
+u32, u64, f32 = types.uint32, types.uint64, types.float32
 
 # bits of the kernels' `flags` argument
 ALIGNED = 1  # out (and residual) rows start at 16-byte boundaries: whole chunks are stored 16 bytes at a time
@@ -104,7 +106,8 @@ def make_load_bias(dtype: str) -> Callable[..., Any]:
 def load_bias_word(bias, row, flags):
     """The bits of a row's bias, for `bias_value` to make a number of; 0 where there is none.
 
-    In two steps, so that nothing waits for the load before the number is needed.
+    What `make_load_bias` does, in two steps, so that nothing waits for the load before the number is needed; where the
+    number is needed at once that is a few instructions more.
     """
     word = u32(0)
     if flags & u32(HAS_BIAS) and row != u32(NO_ROW):
@@ -125,6 +128,23 @@ def make_bias_value(dtype: str) -> Callable[..., Any]:
         return unpack(word)
 
     return cuda.jit(device=True, forceinline=True)(bias_value)
+
+
+def make_add_residual(dtype: str, pitch: int) -> Callable[..., Any]:
+    """Device function (acc, a, address in shared memory): acc[a], +1 += the two values there; +2, +3 those 8 rows on.
+
+    That is how a thread holds the results of 8 columns of 16 rows; rows in shared memory are `pitch` bytes apart.
+    """
+    low, high = unpack_low[dtype], unpack_high[dtype]
+
+    def add_residual(acc, a, at):
+        first, second = ld_shared_u32(at), ld_shared_u32(u32(at + u32(8 * pitch)))
+        acc[a] += low(first)
+        acc[a + 1] += high(first)
+        acc[a + 2] += low(second)
+        acc[a + 3] += high(second)
+
+    return cuda.jit(device=True, forceinline=True)(add_residual)
 
 
 @cuda.jit(device=True, forceinline=True)

@@ -167,19 +167,25 @@ st_shared_u32 = instruction("Store 4 bytes.", "st.shared.u32 [$0], $1;", (u32, u
 st_shared_v4 = instruction(
     "Store 16 bytes.", "st.shared.v4.u32 [$0], {$1,$2,$3,$4};", (u32, u32, u32, u32, u32), "r,r,r,r,r,~{memory}"
 )
-# loops that no compiler unrolls: unrolled in every place where rows may be cut, they fill the instruction cache
-copy_values_s2g = instruction(
-    "Copy `count` (at least 1) values of 2 bytes from shared to global memory, one by one.",
-    "{ .reg .pred more; .reg .u16 value; .reg .u64 to; .reg .u32 from, left; mov.u64 to, $0; mov.u32 from, $1; "
-    "mov.u32 left, $2; NEXT_${:uid}: .pragma \\22nounroll\\22; ld.shared.u16 value, [from]; st.global.u16 [to], value; "
-    "add.u32 from, from, 2; add.u64 to, to, 2; sub.u32 left, left, 1; setp.ne.u32 more, left, 0; "
-    "@more bra NEXT_${:uid}; }", (u64, u32, u32), "l,r,r,~{memory}")  # fmt: skip
-copy_values_g2s = instruction(
-    "Copy `count` (at least 1) values of 2 bytes from global to shared memory, one by one.",
-    "{ .reg .pred more; .reg .u16 value; .reg .u64 from; .reg .u32 to, left; mov.u32 to, $0; mov.u64 from, $1; "
-    "mov.u32 left, $2; NEXT_${:uid}: .pragma \\22nounroll\\22; ld.global.u16 value, [from]; st.shared.u16 [to], value; "
-    "add.u64 from, from, 2; add.u32 to, to, 2; sub.u32 left, left, 1; setp.ne.u32 more, left, 0; "
-    "@more bra NEXT_${:uid}; }", (u32, u64, u32), "r,l,r,~{memory}")  # fmt: skip
+
+
+def _copy_values(source: str, target: str) -> Callable[..., Any]:
+    """`copy(target, source, count)`, one by one: a loop that no compiler unrolls, since unrolled in every place where
+    rows may be cut it fills the instruction cache.
+    """
+    kinds = {"shared": ("u32", "r", u32), "global": ("u64", "l", u64)}
+    (from_kind, from_letter, from_type), (to_kind, to_letter, to_type) = kinds[source], kinds[target]
+    return instruction(
+        f"Copy `count` (at least 1) values of 2 bytes from {source} to {target} memory.",
+        f"{{ .reg .pred more; .reg .u16 value; .reg .{to_kind} to; .reg .{from_kind} from; .reg .u32 left; "
+        f"mov.{to_kind} to, $0; mov.{from_kind} from, $1; mov.u32 left, $2; "
+        f"NEXT_${{:uid}}: .pragma \\22nounroll\\22; ld.{source}.u16 value, [from]; st.{target}.u16 [to], value; "
+        f"add.{from_kind} from, from, 2; add.{to_kind} to, to, 2; sub.u32 left, left, 1; setp.ne.u32 more, left, 0; "
+        "@more bra NEXT_${:uid}; }", (to_type, from_type, u32), f"{to_letter},{from_letter},r,~{{memory}}")  # fmt: skip
+
+
+copy_values_s2g = _copy_values("shared", "global")
+copy_values_g2s = _copy_values("global", "shared")
 
 # --- matrix loads and stores (PTX ISA 9.7.14.5.15, .16) --------------------------------------------------------------
 ldmatrix_x4_trans = instruction(

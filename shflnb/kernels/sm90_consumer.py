@@ -56,9 +56,9 @@ def make_consumer(config: Config) -> Callable[..., Any]:
     registers, take_registers = config.accumulators, setmaxnreg_inc[config.registers[1]]
     alternate, skip = config.alternate, make_skip(config)
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
-    side = (make_rows_side if config.weights_are_m else make_tokens_side)(config)
-    (stores, owned), (ask, multiply, store), plain = side[:2], side[2:], config.epilogue == "plain"
-    owned = 1 if plain else owned
+    make_side = make_rows_side if config.weights_are_m else make_tokens_side
+    stores, owned, ask, multiply, store = make_side(config)
+    plain = config.epilogue == "plain"  # then nobody owns a bias, and these arrays are not used
     stride = 2 if alternate else 1  # turns between tiles of a consumer
 
     def consume(base, full, empty, staging, tid, queue, rows, out, bias, residual, n, ldo, ldr, flags, order):

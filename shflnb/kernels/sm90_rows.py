@@ -9,7 +9,16 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import ATOM_BYTES, CORE_BYTES, SWIZZLE_128B, Config
-from .epilogue import ALIGNED, HAS_RESIDUAL, NO_ROW, fetch_chunk, make_activation, make_bias_value, store_chunk
+from .epilogue import (
+    ALIGNED,
+    HAS_RESIDUAL,
+    NO_ROW,
+    fetch_chunk,
+    make_activation,
+    make_add_residual,
+    make_bias_value,
+    store_chunk,
+)
 from .ptx import (
     ld_global_nc_u32,
     ld_shared_v4,
@@ -19,11 +28,8 @@ from .ptx import (
     pack_pair,
     st_global_v4_unless,
     stmatrix_x4,
-    unpack_high,
-    unpack_low,
     warp_sync,
 )
-from .ptx_cluster import ld_shared_u32
 
 __all__ = ["make_rows_side"]
 
@@ -50,7 +56,7 @@ def make_drain(config: Config) -> Callable[..., Any]:
     """
     plain = config.epilogue == "plain"
     activation, pack = make_activation(config.epilogue), pack_pair[config.dtype]
-    low, high = unpack_low[config.dtype], unpack_high[config.dtype]
+    add_residual = make_add_residual(config.dtype, STAGING_PITCH)
 
     @cuda.jit(device=True, forceinline=True)
     def drain(acc, first, targets, places, own, lane, bias_low, bias_high, column, n, out, residual, ldo, ldr, flags):
@@ -73,13 +79,7 @@ def make_drain(config: Config) -> Callable[..., Any]:
                 warp_sync()
                 pair_at = u32(own + (lane >> u32(2)) * u32(STAGING_PITCH) + (lane & u32(3)) * u32(4))
                 for e in range(8):
-                    a = first + 4 * e
-                    one = ld_shared_u32(u32(pair_at + u32(16 * e)))
-                    two = ld_shared_u32(u32(pair_at + u32(16 * e + 8 * STAGING_PITCH)))
-                    acc[a] += low(one)
-                    acc[a + 1] += high(one)
-                    acc[a + 2] += low(two)
-                    acc[a + 3] += high(two)
+                    add_residual(acc, first + 4 * e, u32(pair_at + u32(16 * e)))
                 warp_sync()
         matrix_at = u32(own + (lane & u32(15)) * u32(STAGING_PITCH) + (lane >> u32(4)) * u32(16))
         for j in range(4):

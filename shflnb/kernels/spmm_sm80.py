@@ -26,7 +26,7 @@ from numba import cuda
 from numba.cuda import types
 
 from .config import ATOM_BYTES, Config
-from .epilogue import HAS_RESIDUAL, fetch_chunk, make_activation, make_load_bias, store_chunk
+from .epilogue import HAS_RESIDUAL, fetch_chunk, make_activation, make_add_residual, make_load_bias, store_chunk
 from .ptx import (
     cp_async_16,
     cp_async_16_unless_negative,
@@ -42,11 +42,8 @@ from .ptx import (
     pack_pair,
     smem_address,
     st_shared_u32,
-    unpack_high,
-    unpack_low,
     warp_sync,
 )
-from .ptx_cluster import ld_shared_u32
 
 __all__ = ["make_spmm_sm80"]
 
@@ -120,8 +117,8 @@ def make_drain(config: Config, mi: int) -> Callable[..., Any]:
     n_pairs, warp_n = config.sm80_warp_n // 16, config.sm80_warp_n
     plain = config.epilogue == "plain"
     activation, load_bias = make_activation(config.epilogue), make_load_bias(config.dtype)
-    low, high, pack = unpack_low[config.dtype], unpack_high[config.dtype], pack_pair[config.dtype]
     pitch = warp_n * 2 + 16
+    add_residual, pack = make_add_residual(config.dtype, pitch), pack_pair[config.dtype]
     row_chunks = warp_n // 8
     stores = 16 * row_chunks // 32
 
@@ -149,12 +146,7 @@ def make_drain(config: Config, mi: int) -> Callable[..., Any]:
                 acc[a], acc[a + 1] = activation(acc[a] + bias_low), activation(acc[a + 1] + bias_low)
                 acc[a + 2], acc[a + 3] = activation(acc[a + 2] + bias_high), activation(acc[a + 3] + bias_high)
                 if flags & u32(HAS_RESIDUAL):
-                    pair_low = ld_shared_u32(u32(at + u32(16 * ni)))
-                    pair_high = ld_shared_u32(u32(at + u32(16 * ni + 8 * pitch)))
-                    acc[a] += low(pair_low)
-                    acc[a + 1] += high(pair_low)
-                    acc[a + 2] += low(pair_high)
-                    acc[a + 3] += high(pair_high)
+                    add_residual(acc, a, u32(at + u32(16 * ni)))
             st_shared_u32(u32(at + u32(16 * ni)), pack(acc[a], acc[a + 1]))
             st_shared_u32(u32(at + u32(16 * ni + 8 * pitch)), pack(acc[a + 2], acc[a + 3]))
         warp_sync()
