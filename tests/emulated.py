@@ -65,11 +65,13 @@ class EmulatedDevice:
         self.has_chaining = capability[0] >= 9
         self.smem_limit = smem_limit(capability)
         self.launched: list[str] = []
+        self.latest: dict[int, Any] = {}
         ok = type("Ok", (), {"__int__": lambda self: 0, "name": "CUDA_SUCCESS"})()
         self.driver = SimpleNamespace(
             cuMemAlloc=lambda count: (ok, self.machine.reserve(count)), cuMemFree=lambda pointer: (ok,),
             cuMemcpyHtoD=lambda to, source, count: self._fill(ok, to, source, count),
-            cuStreamSynchronize=lambda stream: (ok,), CUstream=lambda handle: handle, CU_STREAM_LEGACY=1,
+            cuStreamSynchronize=lambda stream: (ok,), cuStreamIsCapturing=lambda stream: (ok, 0),
+            CUstream=lambda handle: handle, CU_STREAM_LEGACY=1,
         )  # fmt: skip
 
     def _fill(self, ok: Any, to: int, source: int, count: int) -> tuple[Any]:

@@ -461,6 +461,7 @@ class Machine:
         self.rng = np.random.default_rng(seed)
         self.next = 4096
         self.args: list[int] = []
+        self.prefetched: list[tuple[int, int]] = []  # address and bytes of what was asked into L2
         self.idle = 0
 
     def reserve(self, count: int) -> int:
@@ -964,6 +965,18 @@ def _copy(p: Program, s: Statement) -> Any:
             w.copies.append([w.group, arrive, True])
 
         return arrive_later
+    if whole == "cp.async.bulk.prefetch.L2.global":
+        spans = p.address(s.args[0], "u64"), p.read(s.args[1], "u32")
+
+        def prefetch(w: Warp, m: np.ndarray | None) -> None:
+            for lane in np.arange(LANES)[_lanes(m)]:
+                origin, count = (int(f(w)[lane]) for f in spans)
+                if count % 16 or origin % 16:
+                    raise PtxError("a bulk prefetch that is not of 16-byte units")
+                w.machine.memory.load(origin + 16 * np.arange(count // 16), 16)  # fails outside of what is allocated
+                w.machine.prefetched.append((origin, count))
+
+        return prefetch
     to, source = p.address(s.args[0], "u32"), p.address(s.args[1], "u64")
     if "bulk" in s.op:
         size, barrier = p.read(s.args[2], "u32"), p.address(s.args[3], "u32")

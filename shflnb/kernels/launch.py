@@ -148,6 +148,8 @@ class DeviceContext:
         self.smem_limit = smem_limit(self.capability)
         self.has_chaining = self.capability[0] >= 9
         """Whether a kernel may be launched before the one ahead of it is done, and wait for it by itself."""
+        self.latest: dict[int, Any] = {}
+        """By stream, a weak reference to the last product with few columns (`skinny_ahead.py`)."""
         self._kernels: dict[str, LoadedKernel] = {}
         self._streams: dict[int, Any] = {}
         self._lock = threading.Lock()

@@ -10,9 +10,9 @@ from numba.cuda import types
 
 from .ptx import f32, instruction, u32, u64
 
-__all__ = ["cluster_arrive_relaxed", "cluster_wait", "grid_launch_dependents", "grid_wait", "high_halves",
-           "ld_global_l2_u16_if", "ld_shared_u32", "ld_shared_v4_f32", "low_halves", "rank_address", "st_async_v4_f32",
-           "st_shared_v4_f32"]  # fmt: skip
+__all__ = ["bulk_prefetch_l2", "cluster_arrive_relaxed", "cluster_wait", "grid_launch_dependents", "grid_wait",
+           "high_halves", "ld_global_l2_u16_if", "ld_shared_u32", "ld_shared_v4_f32", "low_halves", "rank_address",
+           "st_async_v4_f32", "st_shared_v4_f32"]  # fmt: skip
 
 # --- clusters --------------------------------------------------------------------------------------------------------
 cluster_arrive_relaxed = instruction(
@@ -36,6 +36,10 @@ grid_wait = instruction(
 grid_launch_dependents = instruction(
     "Let the next kernel of the stream start, if it was launched to wait for this one by itself.",
     "griddepcontrol.launch_dependents;", (), "~{memory}")  # fmt: skip
+
+bulk_prefetch_l2 = instruction(
+    "Fetch `bytes` (a multiple of 16, from a 16-byte boundary) from global memory into L2 with the copy engine.",
+    "cp.async.bulk.prefetch.L2.global [$0], $1;", (u64, u32), "l,r,~{memory}")  # fmt: skip
 
 # --- loads and arithmetic --------------------------------------------------------------------------------------------
 ld_shared_v4_f32 = instruction(

@@ -3,7 +3,8 @@
 A tile is a (group, column tile) pair and costs its k tiles plus a drain. Tiles are listed in sweeps of a few column
 tiles over all groups, longest group first, so that the activations in use stay inside L2. `grid` persistent blocks take
 them in turns. With equal groups block b simply takes every grid-th tile; with unequal ones each turn's tiles are
-matched to the blocks, the longest tile to the block with the least work so far. No atomics, no counters: a launch
+matched to the blocks, the longest tile to the block with the least work so far, and then the block with the most work
+swaps tiles of a turn with others, as long as that helps. No atomics, no counters: a launch
 depends on nothing but its arguments, and the same product runs in the same order every time.
 """
 
@@ -14,6 +15,9 @@ import numpy as np
 __all__ = ["DRAIN_TILES", "EMPTY_TURNS", "tile_queue"]
 
 DRAIN_TILES = 2.0  # what storing a tile's results costs, in k tiles (1.25 us against 0.55 us at v = 64; H200, 2026-11)
+
+SWAPS_A_BLOCK, EVEN_ENOUGH = 4, 1.002
+"""Most swaps, and how much above the mean the longest block may be before any are tried."""
 
 EMPTY_TURNS = 4  # turns without tiles at the end of a queue: kernels read that far beyond a block's last tile
 
@@ -59,4 +63,28 @@ def tile_queue(first: np.ndarray, counts: np.ndarray, n_tiles: int, grid: int, s
         block = np.argsort(work, kind="stable")[: len(longest)]
         queue[turn, block] = records[mine][longest]
         work[block] += cost[mine][longest]
+    _even_out(queue[:turns])
     return queue
+
+
+def _even_out(queue: np.ndarray) -> None:
+    """Swap records of a turn between blocks, so that the block with the most work has less; in place.
+
+    Only the last turn has places without a tile, so a tile that moves to one is still followed by none.
+    """
+    grid = queue.shape[1]
+    cost = queue[..., 2] + DRAIN_TILES * (queue[..., 2] > 0)
+    work = cost.sum(axis=0)
+    for _ in range(SWAPS_A_BLOCK * grid):
+        longest = int(work.argmax())
+        if work[longest] <= EVEN_ENOUGH * work.mean():
+            return
+        less = cost[:, longest, None] - cost  # what a swap takes from the longest, by turn and block
+        after = np.maximum(work[longest] - less, work + less)
+        turn, other = divmod(int(after.argmin()), grid)
+        if after[turn, other] >= work[longest]:
+            return
+        work[longest] -= less[turn, other]
+        work[other] += less[turn, other]
+        pair = [longest, other]
+        queue[turn, pair], cost[turn, pair] = queue[turn, pair[::-1]], cost[turn, pair[::-1]]

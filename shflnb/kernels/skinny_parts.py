@@ -18,6 +18,7 @@ from ..formats.shflbw import ShflBWMatrix
 from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory
 from .queue import tile_queue
+from .skinny_ahead import ahead_table
 from .skinny_config import ACTIVATED, TILE_K, choose_config, room_for, takes_tokens
 from .skinny_plan import SkinnyPlan, SkinnyRoad, find_room, turn_of_x
 from .spmm_plan import device_weights
@@ -101,12 +102,15 @@ class Parts:
             config, kernel, clusters = find_room(config.with_epilogue(self.epilogue), groups, context, stream)
             context.refuse_capture(stream, "upload the work queue")
             addresses = [(w.memory.addresses[0], w.memory.addresses[1]) for w in self.weights]
+            records = part_queue(tiles, addresses, clusters)
+            table = ahead_table(records[0], records[0, :, 4:].view(np.uint64), config)
             with context.current():
-                queue = DeviceMemory(context, [part_queue(tiles, addresses, clusters)])
+                queue = DeviceMemory(context, [records, table])
             launch_config = kernel.config(clusters, cluster=config.ranks, is_chained=True)
             head = 0, 0, queue.addresses[0], self.table.addresses[0]
             memory = (queue, self.table, *(w.memory for w in self.weights))
-            plan = self._plans[key] = SkinnyPlan(config, kernel, launch_config, head, memory)
+            ahead = queue.addresses[1], len(table)
+            plan = self._plans[key] = SkinnyPlan(config, kernel, launch_config, head, memory, ahead)
         return plan
 
     def road(self, n: int, is_feature: bool, stream: int) -> SkinnyRoad:

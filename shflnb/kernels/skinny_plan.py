@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from ..formats.shflbw import ShflBWMatrix
 from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
+from .queue import tile_queue
+from .skinny_ahead import Successor, ahead_of, ahead_table
 from .skinny_config import (
     FOURS,
     TILE_K,
@@ -19,12 +23,12 @@ from .skinny_config import (
     config_of,
     room_for,
 )
-from .spmm_plan import device_queue, device_weights, keep
+from .spmm_plan import DeviceWeights, device_weights, keep
 
 __all__ = ["SkinnyPlan", "SkinnyRoad", "find_room", "kernel_spec", "launch_skinny", "skinny_plan", "turn_of_out",
            "turn_of_x", "turn_in_spec", "turn_out_spec"]  # fmt: skip
 
-ARGUMENTS = 15
+ARGUMENTS = 17
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class SkinnyPlan:
     """Addresses of values, columns, queue and rows."""
     memory: tuple[DeviceMemory, ...]
     """What lies there."""
+    ahead: tuple[int, int]
+    """Address and spans of the table of what its blocks read first."""
+    successor: Successor = field(default_factory=Successor, compare=False)
 
 
 @dataclass(frozen=True)
@@ -136,13 +143,31 @@ def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: 
         groups, v = len(weights.counts), packed.block[0]
         config = choose_config(v, n, groups, tiles, packed.dtype, context.sm_count, token_major=token_major)
         config, kernel, clusters = find_room(config.with_epilogue(epilogue), groups, context, stream)
-        queue = device_queue(packed, context, weights, (1, clusters, 1), stream)
+        queue, spans = _device_queue(packed, context, weights, config, clusters, stream)
         launch_config = kernel.config(clusters, cluster=config.ranks, is_chained=True)
         values, columns, rows = weights.memory.addresses
         head = values, columns, queue.addresses[0], rows
-        plan = SkinnyPlan(config, kernel, launch_config, head, (weights.memory, queue))
+        ahead = queue.addresses[1], spans
+        plan = SkinnyPlan(config, kernel, launch_config, head, (weights.memory, queue), ahead)
         keep(packed, key, plan)
     return plan
+
+
+def _device_queue(
+    packed: ShflBWMatrix, context: DeviceContext, weights: DeviceWeights, config: SkinnyConfig, clusters: int,
+    stream: int,
+) -> tuple[DeviceMemory, int]:  # fmt: skip
+    """The work queue and the table of what is read first, on the device, and the table's spans."""
+    key = ("skinny queue", id(weights), clusters, config.ranks)
+    found: tuple[DeviceMemory, int] | None = packed.launch_cache.get(key)
+    if found is None:
+        context.refuse_capture(stream, "upload the work queue")
+        queue = tile_queue(weights.first, weights.counts, 1, clusters, 1)
+        addresses = np.array([weights.memory.addresses[:2]], np.uint64)
+        table = ahead_table(queue[0], addresses.repeat(clusters, 0), config)
+        with context.current():
+            found = packed.launch_cache[key] = DeviceMemory(context, [queue, table]), len(table)
+    return found
 
 
 def turn_of_x(
@@ -181,8 +206,9 @@ def launch_skinny(
         launch(stream, launch_config, kernel, x, token_stride, feature_stride, work[0], road.ldx, n, k, flags)
         x = work[0]
     plan, to = road.plan, work[1] if road.turn_out is not None else out
+    ahead = ahead_of(plan, road.context, stream, is_turned=road.turn_in is not None)
     launch(stream, plan.launch_config, plan.kernel, *plan.head, x, to, bias, residual, n, road.ldx, road.ot, road.of,
-           road.rt, road.rf, road.flags)  # fmt: skip
+           road.rt, road.rf, road.flags, *ahead)  # fmt: skip
     if road.turn_out is not None:
         turn, turn_config, token_stride, aligned = road.turn_out
         launch(stream, turn_config, turn, to, road.of, out, token_stride, n, m, aligned)

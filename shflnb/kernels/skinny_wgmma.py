@@ -57,6 +57,7 @@ from .ptx import (
     wgmma_wait,
 )
 from .ptx_cluster import (
+    bulk_prefetch_l2,
     cluster_arrive_relaxed,
     cluster_wait,
     grid_launch_dependents,
@@ -135,6 +136,16 @@ def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
                     phase = u32(phase ^ u32(1))
 
     return stream_weights
+
+
+@cuda.jit(device=True, forceinline=True)
+def fetch_ahead(ahead, aheads, block, blocks):
+    """Of one thread: ask L2 for what the next product reads first, its table's records in turns with other blocks."""
+    entry = block
+    while entry < aheads:
+        span = ld_global_nc_v4(ahead + u64(entry) * u64(16))
+        bulk_prefetch_l2(u64(span[1]) << u64(32) | u64(span[0]), span[2])
+        entry = u32(entry + blocks)
 
 
 def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
@@ -313,7 +324,8 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     (group, first k tile, k tiles, 0); a cluster walks its column of the queue until a record with no tiles. rows: the
     output row of every packed row, `NO_ROW` for rows that do not exist. x: feature-major, rows `ldx` apart start at
     16-byte boundaries; or with `token_major` tokens `ldx` apart, anywhere. out and residual: any token and feature
-    strides. flags: see `epilogue.py`.
+    strides. flags: see `epilogue.py`. ahead: `aheads` records of four uint32, (address, low and high, bytes, 0), of
+    what is fetched into L2 for the product that follows.
 
     With `parts` values, columns, bias and residual are not used. A record of the queue goes on with two addresses, of
     the values and columns of its part, and its fourth uint32 is the number of the part; groups and k tiles count within
@@ -328,7 +340,9 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     own_place, record_bytes = make_own_place(config), 32 if config.parts else 16
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
 
-    def skinny_wgmma(values, columns, queue, rows, x, out, bias, residual, n, ldx, ot, of, rt, rf, flags):
+    def skinny_wgmma(
+        values, columns, queue, rows, x, out, bias, residual, n, ldx, ot, of, rt, rf, flags, ahead, aheads
+    ):
         smem = cuda.shared.array(0, types.uint8)
         base = smem_address(smem)
         full = u32(base + u32(barriers))
@@ -354,6 +368,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
         if warp == u32(8):
             if lane == u32(0):
                 stream_weights(base, full, empty, values, own_queue, turn_bytes, rank)
+                fetch_ahead(ahead, u32(aheads), block, u32(cuda.gridDim.x))
             warp_sync()
             if ranks > 1:
                 cluster_wait()

@@ -97,10 +97,11 @@ def few_configs() -> list[Any]:
 
 
 def run_few(config: Any, number: int) -> list[str]:
-    """Three groups, one of them empty, for one or two clusters; n cuts a chunk."""
+    """Three groups, one of them empty, for one or two clusters; n cuts a chunk. In turns with another matrix."""
     rng = np.random.default_rng(number)
     n = 8 * config.chunks - 3
     packed = cases.random_packed(2 * config.v + 3, 150, config.v, [150, 0, 70], seed=number)
+    other = cases.random_packed(config.v, 150, config.v, [99], seed=number)
     x = rng.standard_normal((150, n)).astype(np.float16)
     results = {}
     with (
@@ -110,7 +111,10 @@ def run_few(config: Any, number: int) -> list[str]:
     ):
         if not config.token_major:
             results["matmul"] = device_matmul(packed, on_device(x))
-        results["linear"] = device_linear(on_device(x.T.copy()), packed).T
+        tokens = on_device(x.T.copy())
+        for _ in range(2):  # the second time each has the other's weights fetched ahead
+            device_linear(tokens, other)
+            results["linear"] = device_linear(tokens, packed).T
     verdicts = {name: judge(host(y, "float16"), packed, x) for name, y in results.items()}
     return [f"{config.name} {name}: {verdict}" for name, verdict in verdicts.items() if not verdict.holds]
 

@@ -259,6 +259,17 @@ def test_the_queue_covers_every_tile_once(kind: str) -> None:
         assert costs.max() <= costs.mean() + counts.max() + DRAIN_TILES + 1e-9, (groups, n_tiles, grid, sweep)
 
 
+def test_unequal_groups_are_evened_out() -> None:
+    """64 groups of 16 tiles on average, 8 column tiles, 132 blocks: four tiles a block, the longest near the mean."""
+    rng = np.random.default_rng(3)
+    counts = np.clip(rng.normal(16.5, 4, 64).round().astype(int), 4, 28)
+    queue = tile_queue(np.cumsum(counts) - counts, counts, 8, 132, 1)
+    costs = np.array([sum(r[2] + DRAIN_TILES for r in run_queue(queue, block)) for block in range(132)])
+    assert costs.max() <= 1.03 * costs.mean(), (costs.max(), costs.mean())
+    columns = [[record[3] for record in run_queue(queue, block)] for block in range(132)]
+    assert all(list(c) == sorted(c) for c in columns), "blocks walk the column tiles in order"
+
+
 def test_the_queue_sweeps_column_tiles_together() -> None:
     """With equal groups, all groups meet the first `sweep` column tiles before anyone starts the next."""
     queue = tile_queue(np.arange(0, 120, 6), np.full(20, 6), n_tiles=10, grid=4, sweep=4)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from typing import Any
 
@@ -111,6 +112,26 @@ def test_capture_needs_a_warm_call_and_then_replays() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(first, y) and torch.equal(second, y)
+
+
+def test_a_graph_outlives_the_product_it_fetches_for() -> None:
+    """Each product asks L2 for the next one's first weights; in a graph these stay, whatever becomes of the matrix."""
+    one, two = (random_packed(640, 512, 64, seed=seed) for seed in (3, 4))
+    x = torch.randn(5, 512, device="cuda").half()
+    wanted = [shflnb.linear(x, packed) for packed in (one, two, one)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = shflnb.linear(x, one)
+    plan = next(kept for key, kept in one.launch_cache.items() if key[0] == "skinny plan")
+    assert plan.successor.plan() is not None and plan.successor._held
+    del two
+    gc.collect()
+    filler = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]
+    found.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, wanted[0]) and len(filler) == 8
+    assert torch.equal(shflnb.linear(x, one), wanted[2])
 
 
 def test_a_warm_call_takes_the_short_road() -> None:

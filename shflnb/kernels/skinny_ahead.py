@@ -1,0 +1,102 @@
+"""Products with few columns that follow one another: each has the next one's first weights fetched into L2.
+
+A product with few columns lasts as long as its weights take from device memory, and device memory idles while the
+product ends, while the next one begins, and while whatever lies between them runs (norms, attention). So each remembers
+which product came after it on its stream, and, once its own weights are on their way, asks L2 for the first ones of
+that product. They are constants, and a fetch into L2 changes no result: when another product follows, some bytes were
+read in vain.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .launch import DeviceContext, DeviceMemory, is_capturing
+from .skinny_config import TILE_K, SkinnyConfig
+
+if TYPE_CHECKING:
+    from .skinny_plan import SkinnyPlan
+
+__all__ = ["AHEAD_BYTES", "NOTHING", "Successor", "ahead_of", "ahead_table"]
+
+AHEAD_BYTES = 4 << 20
+"""Bytes of the next product that are fetched ahead at most: what its blocks ask for first. 2 MB gain less, and 8 MB and
+more lose again with more than a few columns (H100, 2026-11-26)."""
+
+NOTHING = (0, 0)
+"""`ahead_of` where nothing is fetched."""
+
+
+def ahead_table(records: np.ndarray, addresses: np.ndarray, config: SkinnyConfig) -> np.ndarray:
+    """What the blocks of a product read first: uint32, (spans, 4); a span is (address, low and high, bytes, 0).
+
+    Parameters
+    ----------
+    records : uint32 array, (clusters, 4 or more)
+        The first turn of the queue: (group, first k tile, k tiles, ...).
+    addresses : uint64 array, (clusters, 2)
+        Where the k tiles of each record count from: of its values and its columns.
+    """
+    ranks = np.arange(config.ranks, dtype=np.uint64)
+    first, tiles = (records[:, i, None].astype(np.uint64) for i in (1, 2))
+    begin, end = tiles * ranks // config.ranks, tiles * (ranks + 1) // config.ranks  # as `skinny_wgmma.make_own_tiles`
+    tile_bytes = np.array([config.w_bytes, TILE_K * 4], np.uint64)
+    most = max(1, AHEAD_BYTES // (begin.size * int(tile_bytes.sum())))
+    count = np.minimum(end - begin, most)[..., None]
+    at = addresses[:, None, :] + (first + begin)[..., None] * tile_bytes
+    table = np.zeros((*at.shape, 4), np.uint32)
+    table[..., :2] = at[..., None].view(np.uint32)
+    table[..., 2] = count * tile_bytes
+    return table.reshape(-1, 4)[table[..., 2].ravel() > 0]
+
+
+class Successor:
+    """The product that came after another on its stream, as seen so far."""
+
+    __slots__ = ("_held", "_is_trusted", "_plan")
+
+    def __init__(self) -> None:
+        self._plan: weakref.ref[SkinnyPlan] | None = None
+        self._is_trusted = True
+        self._held: list[tuple[DeviceMemory, ...]] = []
+
+    def learn(self, plan: SkinnyPlan) -> None:
+        """Note what came after; another one than last time is not foretold until it comes twice."""
+        known = self._plan
+        if known is not None and known() is plan:
+            self._is_trusted = True
+        else:
+            self._is_trusted = known is None
+            self._plan = weakref.ref(plan)
+
+    def plan(self) -> SkinnyPlan | None:
+        """What will come after, if that can be foretold."""
+        return self._plan() if self._plan is not None and self._is_trusted else None
+
+    def hold(self, memory: tuple[DeviceMemory, ...]) -> None:
+        """Keep it as long as this object lives: a captured graph reads it."""
+        if not any(held is memory for held in self._held):
+            self._held.append(memory)
+
+
+def ahead_of(plan: SkinnyPlan, context: DeviceContext, stream: int, *, is_turned: bool = False) -> tuple[int, int]:
+    """Address and spans of the table of what to fetch ahead; called for each product, in the order of the stream.
+
+    Nothing where x is turned first: the kernel for that reads x beside the end of the product before, and what was
+    fetched ahead gains nothing.
+    """
+    latest = context.latest.get(stream)
+    before = None if latest is None else latest()
+    if before is not None:
+        before.successor.learn(plan)
+    if before is not plan:
+        context.latest[stream] = weakref.ref(plan)
+    following = plan.successor.plan()
+    if is_turned or following is None or following is plan:
+        return NOTHING
+    if is_capturing(context, stream):
+        plan.successor.hold(following.memory)
+    return following.ahead
