@@ -4,8 +4,8 @@ A tile is a (group, column tile) pair and costs its k tiles plus a drain. Tiles 
 tiles over all groups, longest group first, so that the activations in use stay inside L2. `grid` persistent blocks take
 them in turns. With equal groups block b simply takes every grid-th tile; with unequal ones each turn's tiles are
 matched to the blocks, the longest tile to the block with the least work so far, and then the block with the most work
-swaps tiles of a turn with others, as long as that helps. No atomics, no counters: a launch
-depends on nothing but its arguments, and the same product runs in the same order every time.
+swaps tiles of a turn with others, as long as that helps. No atomics, no counters: a launch depends on nothing but its
+arguments, and the same product runs in the same order every time.
 """
 
 from __future__ import annotations

@@ -20,14 +20,11 @@ from .skinny_config import TILE_K, SkinnyConfig
 if TYPE_CHECKING:
     from .skinny_plan import SkinnyPlan
 
-__all__ = ["AHEAD_BYTES", "NOTHING", "Successor", "ahead_of", "ahead_table"]
+__all__ = ["AHEAD_BYTES", "Successor", "ahead_table", "following"]
 
 AHEAD_BYTES = 4 << 20
 """Bytes of the next product that are fetched ahead at most: what its blocks ask for first. 2 MB gain less, and 8 MB and
 more lose again with more than a few columns (H100, 2026-11-26)."""
-
-NOTHING = (0, 0)
-"""`ahead_of` where nothing is fetched."""
 
 
 def ahead_table(records: np.ndarray, addresses: np.ndarray, config: SkinnyConfig) -> np.ndarray:
@@ -82,11 +79,11 @@ class Successor:
             self._held.append(memory)
 
 
-def ahead_of(plan: SkinnyPlan, context: DeviceContext, stream: int, *, is_turned: bool = False) -> tuple[int, int]:
-    """Address and spans of the table of what to fetch ahead; called for each product, in the order of the stream.
+def following(plan: SkinnyPlan, context: DeviceContext, stream: int, *, is_turned: bool = False) -> SkinnyPlan | None:
+    """The plan whose first weights a product fetches, to be held until the product is enqueued; None for no fetch.
 
-    Nothing where x is turned first: the kernel for that reads x beside the end of the product before, and what was
-    fetched ahead gains nothing.
+    Called for each product, in the order of the stream. Where x is turned first nothing is fetched: the time that
+    could be gained goes to the turning kernel.
     """
     latest = context.latest.get(stream)
     before = None if latest is None else latest()
@@ -94,9 +91,9 @@ def ahead_of(plan: SkinnyPlan, context: DeviceContext, stream: int, *, is_turned
         before.successor.learn(plan)
     if before is not plan:
         context.latest[stream] = weakref.ref(plan)
-    following = plan.successor.plan()
-    if is_turned or following is None or following is plan:
-        return NOTHING
+    after = plan.successor.plan()
+    if is_turned or after is None or after is plan:
+        return None
     if is_capturing(context, stream):
-        plan.successor.hold(following.memory)
-    return following.ahead
+        plan.successor.hold(after.memory)
+    return after

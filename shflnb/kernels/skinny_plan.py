@@ -11,7 +11,7 @@ from ..formats.shflbw import ShflBWMatrix
 from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
-from .skinny_ahead import Successor, ahead_of, ahead_table
+from .skinny_ahead import Successor, ahead_table, following
 from .skinny_config import (
     FOURS,
     TILE_K,
@@ -206,9 +206,9 @@ def launch_skinny(
         launch(stream, launch_config, kernel, x, token_stride, feature_stride, work[0], road.ldx, n, k, flags)
         x = work[0]
     plan, to = road.plan, work[1] if road.turn_out is not None else out
-    ahead = ahead_of(plan, road.context, stream, is_turned=road.turn_in is not None)
+    after = following(plan, road.context, stream, is_turned=road.turn_in is not None)
     launch(stream, plan.launch_config, plan.kernel, *plan.head, x, to, bias, residual, n, road.ldx, road.ot, road.of,
-           road.rt, road.rf, road.flags, *ahead)  # fmt: skip
+           road.rt, road.rf, road.flags, *((0, 0) if after is None else after.ahead))  # fmt: skip
     if road.turn_out is not None:
         turn, turn_config, token_stride, aligned = road.turn_out
         launch(stream, turn_config, turn, to, road.of, out, token_stride, n, m, aligned)

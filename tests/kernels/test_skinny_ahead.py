@@ -18,7 +18,7 @@ from gpu_cases import random_packed
 
 from shflnb.formats.shflbw import ShflBWMatrix
 from shflnb.kernels import skinny_ahead
-from shflnb.kernels.skinny_ahead import NOTHING, Successor, ahead_of, ahead_table
+from shflnb.kernels.skinny_ahead import Successor, ahead_table, following
 from shflnb.kernels.skinny_config import config_of
 from shflnb.kernels.spmm_device import device_linear
 
@@ -55,10 +55,10 @@ def test_the_table_names_what_each_block_reads_first(
 
 # --- what follows what -----------------------------------------------------------------------------------------------
 class Plan(SimpleNamespace):
-    """As much of a plan as `ahead_of` looks at."""
+    """As much of a plan as `following` looks at."""
 
     def __init__(self, name: int) -> None:
-        super().__init__(ahead=(name, 1), memory=(object(),), successor=Successor())
+        super().__init__(name=name, memory=(object(),), successor=Successor())
 
 
 def context_with(capturing: int = 0) -> Any:
@@ -69,7 +69,8 @@ def context_with(capturing: int = 0) -> Any:
 
 def told(plans: list[Plan], order: list[int], context: Any, stream: int = 0) -> list[int]:
     """What each product of a sequence fetches for: the number of a plan, 0 for nothing."""
-    return [ahead_of(plans[i], context, stream)[0] for i in order]
+    found = [following(plans[i], context, stream) for i in order]  # type: ignore[arg-type]
+    return [0 if plan is None else plan.name for plan in found]
 
 
 def test_the_product_that_came_after_is_foretold() -> None:
@@ -82,7 +83,7 @@ def test_the_product_that_came_after_is_foretold() -> None:
 
 
 def test_a_product_alone_fetches_nothing() -> None:
-    plans = [Plan(0), Plan(1)]
+    plans = [Plan(i) for i in range(2)]
     assert told(plans, [1, 1, 1, 1], context_with()) == [0, 0, 0, 0]
 
 
@@ -97,18 +98,18 @@ def test_what_changes_is_not_foretold_until_it_comes_twice() -> None:
 def test_streams_do_not_follow_each_other() -> None:
     plans, context = [Plan(i) for i in range(3)], context_with()
     for _ in range(3):
-        assert ahead_of(plans[1], context, 1) == NOTHING and ahead_of(plans[2], context, 2) == NOTHING
+        assert told(plans, [1], context, 1) == told(plans, [2], context, 2) == [0]
 
 
 def test_nothing_is_fetched_where_x_is_turned_or_the_other_is_gone() -> None:
     plans, context = [Plan(i) for i in range(3)], context_with()
     assert told(plans, [1, 2, 1, 2], context) == [0, 0, 2, 1]
-    assert ahead_of(plans[1], context, 0, is_turned=True) == NOTHING
+    assert following(plans[1], context, 0, is_turned=True) is None  # type: ignore[arg-type]
     assert told(plans, [2, 1], context) == [1, 2]
     plans[2] = Plan(9)  # the plan of before is freed
     gc.collect()
     context.latest.clear()
-    assert ahead_of(plans[1], context, 0) == NOTHING
+    assert told(plans, [1], context) == [0]
 
 
 def test_a_capture_keeps_what_its_graph_reads() -> None:
