@@ -10,15 +10,12 @@ read in vain.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from .launch import DeviceContext, DeviceMemory, is_capturing
 from .skinny_config import TILE_K, SkinnyConfig
-
-if TYPE_CHECKING:
-    from .skinny_plan import SkinnyPlan
 
 __all__ = ["AHEAD_BYTES", "Successor", "ahead_table", "following"]
 
@@ -50,17 +47,32 @@ def ahead_table(records: np.ndarray, addresses: np.ndarray, config: SkinnyConfig
     return table.reshape(-1, 4)[table[..., 2].ravel() > 0]
 
 
+class Following(Protocol):
+    """What is known here of a product; the launch record of `skinny_plan.py` is one."""
+
+    @property
+    def memory(self) -> tuple[DeviceMemory, ...]:
+        """What it reads of its own, the table of what is read first among it."""
+
+    @property
+    def successor(self) -> Successor:
+        """What came after it."""
+
+
+Plan = TypeVar("Plan", bound=Following)
+
+
 class Successor:
     """The product that came after another on its stream, as seen so far."""
 
     __slots__ = ("_held", "_is_trusted", "_plan")
 
     def __init__(self) -> None:
-        self._plan: weakref.ref[SkinnyPlan] | None = None
+        self._plan: weakref.ref[Any] | None = None
         self._is_trusted = True
         self._held: list[tuple[DeviceMemory, ...]] = []
 
-    def learn(self, plan: SkinnyPlan) -> None:
+    def learn(self, plan: Following) -> None:
         """Note what came after; another one than last time is not foretold until it comes twice."""
         known = self._plan
         if known is not None and known() is plan:
@@ -69,8 +81,8 @@ class Successor:
             self._is_trusted = known is None
             self._plan = weakref.ref(plan)
 
-    def plan(self) -> SkinnyPlan | None:
-        """What will come after, if that can be foretold."""
+    def plan(self) -> Any:
+        """What will come after; None where that cannot be foretold."""
         return self._plan() if self._plan is not None and self._is_trusted else None
 
     def hold(self, memory: tuple[DeviceMemory, ...]) -> None:
@@ -79,7 +91,7 @@ class Successor:
             self._held.append(memory)
 
 
-def following(plan: SkinnyPlan, context: DeviceContext, stream: int, *, is_turned: bool = False) -> SkinnyPlan | None:
+def following(plan: Plan, context: DeviceContext, stream: int, *, is_turned: bool = False) -> Plan | None:
     """The plan whose first weights a product fetches, to be held until the product is enqueued; None for no fetch.
 
     Called for each product, in the order of the stream. Where x is turned first nothing is fetched: the time that
@@ -91,7 +103,7 @@ def following(plan: SkinnyPlan, context: DeviceContext, stream: int, *, is_turne
         before.successor.learn(plan)
     if before is not plan:
         context.latest[stream] = weakref.ref(plan)
-    after = plan.successor.plan()
+    after: Plan | None = plan.successor.plan()
     if is_turned or after is None or after is plan:
         return None
     if is_capturing(context, stream):

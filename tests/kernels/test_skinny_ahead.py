@@ -69,7 +69,7 @@ def context_with(capturing: int = 0) -> Any:
 
 def told(plans: list[Plan], order: list[int], context: Any, stream: int = 0) -> list[int]:
     """What each product of a sequence fetches for: the number of a plan, 0 for nothing."""
-    found = [following(plans[i], context, stream) for i in order]  # type: ignore[arg-type]
+    found = [following(plans[i], context, stream) for i in order]
     return [0 if plan is None else plan.name for plan in found]
 
 
@@ -104,7 +104,7 @@ def test_streams_do_not_follow_each_other() -> None:
 def test_nothing_is_fetched_where_x_is_turned_or_the_other_is_gone() -> None:
     plans, context = [Plan(i) for i in range(3)], context_with()
     assert told(plans, [1, 2, 1, 2], context) == [0, 0, 2, 1]
-    assert following(plans[1], context, 0, is_turned=True) is None  # type: ignore[arg-type]
+    assert following(plans[1], context, 0, is_turned=True) is None
     assert told(plans, [2, 1], context) == [1, 2]
     plans[2] = Plan(9)  # the plan of before is freed
     gc.collect()
