@@ -5,7 +5,8 @@
     python benchmarks/bench_skinny.py --device cpu          a few small cases with the host's clock
 
 `F.linear`'s meaning, token-major x and result. Weights "rotated" through copies that exceed the L2 cache twice come
-from device memory, as in a model; "warm" ones may be in L2. Dense is the better of `W @ X` and `F.linear`, timed in
+from device memory, as in a model, where each product has the first of the next one's fetched into L2
+(`shflnb/kernels/skinny_ahead.py`); "warm" ones may be in L2. Dense is the better of `W @ X` and `F.linear`, timed in
 turns. GB/s counts the packed matrix once; its share of a copy that was measured in the same run stands beside it.
 Writes `<gpu>.skinny.csv` and `<gpu>.skinny.machine.json`. Exit code 1 if a result was wrong.
 """
