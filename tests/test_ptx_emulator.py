@@ -217,9 +217,8 @@ def multiply_together(ptx: str, arrays: list[np.ndarray], seed: int) -> np.ndarr
     machine = Machine(1 << 20, seed)
     at = [machine.upload(a) for a in arrays]
     out = machine.reserve(96 * 24 * 2)
-    machine.run(
-        Program(ptx), grid=4, threads=288, smem=80_000, cluster=4, args=[*at, out, 0, 0, 24, 24, 1, 24, 0, 0, 0]
-    )
+    sizes = (24, 24, 1, 24, 0, 0, 0)
+    machine.run(Program(ptx), grid=4, threads=288, smem=80_000, cluster=4, args=[*at, out, 0, 0, *sizes, 0, 0])
     return machine.download(out, 96 * 24 * 2).view(np.float16).reshape(96, 24)
 
 
