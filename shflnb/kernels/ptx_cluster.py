@@ -37,10 +37,6 @@ grid_launch_dependents = instruction(
     "Let the next kernel of the stream start, if it was launched to wait for this one by itself.",
     "griddepcontrol.launch_dependents;", (), "~{memory}")  # fmt: skip
 
-bulk_prefetch_l2 = instruction(
-    "Fetch `bytes` (a multiple of 16, from a 16-byte boundary) from global memory into L2 with the copy engine.",
-    "cp.async.bulk.prefetch.L2.global [$0], $1;", (u64, u32), "l,r,~{memory}")  # fmt: skip
-
 # --- loads and arithmetic --------------------------------------------------------------------------------------------
 ld_shared_v4_f32 = instruction(
     "Load 4 float32.", "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", (u32,), "=f,=f,=f,=f,r,~{memory}",
@@ -54,6 +50,9 @@ ld_global_l2_u16_if = instruction(
     "fourth; else read nothing and give 0.",
     "{ .reg .pred p; setp.lt.u32 p, $3, $4; setp.ge.and.s32 p, $2, 0, p; mov.u32 $0, 0; "
     "@p ld.global.cg.u16 $0, [$1]; }", (u64, u32, u32, u32), "=r,l,r,r,r,~{memory}", u32)  # fmt: skip
+bulk_prefetch_l2 = instruction(
+    "Fetch `bytes` (a multiple of 16, from a 16-byte boundary) from global memory into L2 with the copy engine.",
+    "cp.async.bulk.prefetch.L2.global [$0], $1;", (u64, u32), "l,r,~{memory}")  # fmt: skip
 low_halves = instruction(
     "Lower halves of two words, the first in the lower half.", "prmt.b32 $0, $1, $2, 0x5410;", (u32, u32), "=r,r,r",
     u32, volatile=False)  # fmt: skip
