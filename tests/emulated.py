@@ -66,6 +66,7 @@ class EmulatedDevice:
         self.smem_limit = smem_limit(capability)
         self.launched: list[str] = []
         self.latest: dict[int, Any] = {}
+        self.transposes: dict[Any, Any] = {}
         ok = type("Ok", (), {"__int__": lambda self: 0, "name": "CUDA_SUCCESS"})()
         self.driver = SimpleNamespace(
             cuMemAlloc=lambda count: (ok, self.machine.reserve(count)), cuMemFree=lambda pointer: (ok,),

@@ -42,17 +42,21 @@ class Call:
         self.context.launch(self.stream_handle, kernel.config(grid), kernel, *src, *dst, rows, cols, wide)
 
     def transpose(self, src: int, lds: int, dst: int, ldd: int, rows: int, cols: int, is_result: bool = False,
-                  is_padded: bool = False) -> None:  # fmt: skip
+                  is_padded: bool = False, addend: tuple[int, int] = (0, 0)) -> None:  # fmt: skip
         """dst[c, r] = src[r, c]; leading dimensions in values. Tokens are the rows of src, of a result its columns.
 
-        With `is_padded` rows of dst are written up to the next multiple of 8, with zeros.
+        With `is_padded` rows of dst are written up to the next multiple of 8, with zeros. addend: (address, leading
+        dimension) of a (cols, rows) matrix that is added, in the dtype of the call; it may be dst. Then rows of dst and
+        of the addend are aligned and a multiple of 8 values long.
         """
         if rows == 0 or cols == 0:
             return
-        kernel, grid, at_once = transpose_launch(self.context, self.stream_handle, rows, cols)
+        adds = self.view.dtype if addend[0] else ""
+        kernel, grid, at_once = transpose_launch(self.context, self.stream_handle, rows, cols, adds)
         src_aligned, dst_aligned = src % 16 == 0 and lds % 8 == 0, dst % 16 == 0 and ldd % 8 == 0
         flags = transpose_flags(src_aligned, dst_aligned, is_result=is_result, is_padded=is_padded)
-        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, at_once, flags)
+        self.context.launch(self.stream_handle, grid, kernel, src, lds, dst, ldd, rows, cols, at_once, flags,
+                            *(addend if adds else ()))  # fmt: skip
 
     def plan(
         self, n: int, activation: str | None, bias: tuple[int, int], residual: tuple[int, int], config: Config | None

@@ -150,6 +150,8 @@ class DeviceContext:
         """Whether a kernel may be launched before the one ahead of it is done, and wait for it by itself."""
         self.latest: dict[int, Any] = {}
         """By stream, a weak reference to the last product with few columns (`skinny_ahead.py`)."""
+        self.transposes: dict[Any, Any] = {}
+        """Launches of the transpose kernel, by size (`spmm_plan.py`)."""
         self._kernels: dict[str, LoadedKernel] = {}
         self._streams: dict[int, Any] = {}
         self._lock = threading.Lock()

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..formats.shflbw import ShflBWMatrix
-from .launch import DeviceContext, LoadedKernel
+from .launch import DeviceContext, LoadedKernel, device_context
 from .skinny_plan import SkinnyRoad, launch_skinny
+from .transpose_config import transpose_flags
 from .views import torch_stream
 
-__all__ = ["FewColumnsMemo", "LinearMemo", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul"]
+__all__ = ["FewColumnsMemo", "LinearMemo", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul",
+           "quick_transpose"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,4 +127,33 @@ def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None
     )  # fmt: skip
     launch(stream, memo.turn_out, memo.turn, product_at, memo.ld, out.data_ptr(), memo.m, memo.m, memo.n,
            memo.out_at_once, memo.turn_out_flags)  # fmt: skip
+    return out
+
+
+def quick_transpose(x: Any, is_result: bool, addend: Any) -> Any:
+    """`x.T` (plus `addend`) of a torch matrix, or None where it takes the long road: the first time, or unusual."""
+    if x.dim() != 2 or not x.is_contiguous() or x.data_ptr() & 15:
+        return None
+    (rows, cols), device, adds = x.shape, x.get_device(), ""
+    if addend is not None:
+        if (
+            addend.shape != (cols, rows)
+            or addend.dtype != x.dtype
+            or addend.get_device() != device
+            or not addend.is_contiguous()
+            or addend.data_ptr() & 15
+        ):
+            return None
+        adds = str(x.dtype)[6:]
+    context = device_context(device)
+    launch = context.transposes.get((rows, cols, adds))
+    if launch is None:
+        return None
+    kernel, config, at_once = launch
+    out = x.new_empty((cols, rows))
+    flags = transpose_flags(cols % 8 == 0, rows % 8 == 0, is_result=is_result)
+    context.launch(
+        torch_stream(device), config, kernel, x.data_ptr(), cols, out.data_ptr(), rows, rows, cols, at_once, flags,
+        *((addend.data_ptr(), rows) if adds else ()),
+    )  # fmt: skip
     return out

@@ -40,7 +40,8 @@ def _products(arch: str) -> Iterator[KernelSpec]:
 
 def _moves(arch: str) -> Iterator[KernelSpec]:
     if not arch.endswith("a"):
-        yield transpose_spec(capability_of(arch)[0] >= 9)
+        for adds in ("", "float16", "bfloat16"):
+            yield transpose_spec(capability_of(arch)[0] >= 9, adds)
         yield copy_spec()
 
 

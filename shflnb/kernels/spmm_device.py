@@ -18,7 +18,7 @@ from ..errors import ArgumentError, DtypeError, ShapeError
 from ..formats.shflbw import ShflBWMatrix
 from .config import Config, ceil_div
 from .device_call import Call, run, run_few, run_linear
-from .memo import LinearMemo, MatmulMemo, memo_key, quick_linear, quick_matmul
+from .memo import LinearMemo, MatmulMemo, memo_key, quick_linear, quick_matmul, quick_transpose
 from .operands import (
     ALIGNED,
     check_activation,
@@ -205,12 +205,26 @@ def _linear_memo(
     )  # fmt: skip
 
 
-def device_transpose(x: Any, *, is_result: bool = False) -> Any:
-    """`x.T` of a (rows, cols) matrix of 16-bit values, as a new C-contiguous (cols, rows) array of the kind of x.
+def device_transpose(x: Any, *, is_result: bool = False, addend: Any = None, out: Any = None) -> Any:
+    """`x.T` of a (rows, cols) matrix of 16-bit values, as a C-contiguous (cols, rows) array of the kind of x.
 
     The tokens are the rows of x; with `is_result` they are its columns (a feature-major result becomes token-major).
     For layers that share one transpose of their common input (`shflnb.nn`).
+
+    Parameters
+    ----------
+    x : device array (rows, cols), float16 or bfloat16, columns contiguous
+    addend : device array (cols, rows), optional
+        Of the dtype of x, C-contiguous, at a 16-byte boundary; rows is a multiple of 8. The result is `x.T + addend`,
+        added in float32 and rounded once.
+    out : device array (cols, rows), optional
+        C-contiguous; may be the addend.
     """
+    is_torch = out is None and kind_of(x) == "torch-cuda" and (addend is None or kind_of(addend) == "torch-cuda")
+    is_half = is_torch and x.is_floating_point() and x.element_size() == 2
+    done = quick_transpose(x, is_result, addend) if is_half else None
+    if done is not None:
+        return done
     view = device_view(x, what="x")
     if (
         view.dtype not in ("float16", "bfloat16")
@@ -222,9 +236,26 @@ def device_transpose(x: Any, *, is_result: bool = False) -> Any:
         )
     rows, cols = view.shape
     call = Call(None, x, view)  # type: ignore[arg-type]  # no product is made
-    out = new_matrix(cols, rows, x, view.dtype)
-    call.transpose(view.address, view.strides[0], device_view(out, what="out").address, rows, rows, cols, is_result)
+    added = (0, 0) if addend is None else (_matrix_at(addend, "addend", (cols, rows), view.dtype), rows)
+    if added[0] and (rows % 8 or added[0] % 16):
+        raise ShapeError(f"addend has rows of {rows} values at {added[0]:#x}; needed are multiples of 8, aligned to 16")
+    out = new_matrix(cols, rows, x, view.dtype) if out is None else out
+    to = _matrix_at(out, "out", (cols, rows), view.dtype)
+    call.transpose(view.address, view.strides[0], to, rows, rows, cols, is_result, addend=added)
     return out
+
+
+def _matrix_at(array: Any, what: str, shape: tuple[int, int], dtype: str) -> int:
+    """The address of a C-contiguous matrix of this shape and dtype."""
+    view = device_view(array, what=what)
+    steps = tuple(s for s, size in zip(view.strides, view.shape, strict=True) if size > 1)
+    wanted = tuple(s for s, size in zip((shape[1], 1), shape, strict=True) if size > 1)
+    if view.shape != shape or view.dtype != dtype or (0 not in shape and steps != wanted):
+        raise ShapeError(
+            f"{what} is {view.dtype} of shape {view.shape}, strides {view.strides}; expected a C-contiguous {dtype} "
+            f"matrix of shape {shape}"
+        )
+    return int(view.address)
 
 
 matmul, linear = device_matmul, device_linear

@@ -18,7 +18,7 @@ from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
 from .remembered import load as remembered_entries
 from .select import Choice, choose, sweep_of
-from .transpose_config import COPY_THREADS, TRANSPOSE_SMEM, TRANSPOSE_THREADS, transpose_grid
+from .transpose_config import COPY_THREADS, TRANSPOSE_THREADS, transpose_grid, transpose_smem
 
 __all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "keep", "kernel_spec", "plan_for",
            "problem_of", "transpose_launch", "transpose_spec"]  # fmt: skip
@@ -69,23 +69,34 @@ def kernel_spec(config: Config) -> KernelSpec:
     )
 
 
-def transpose_spec(is_chained: bool) -> KernelSpec:
-    """How to build the transpose kernel."""
+def transpose_spec(is_chained: bool, adds: str = "") -> KernelSpec:
+    """How to build the transpose kernel; with a dtype `adds` the one that adds a matrix to what it has turned."""
 
     def make() -> Any:
         from .transpose import make_transpose
 
-        return make_transpose(is_chained)
+        return make_transpose(is_chained, adds)
 
-    name = "shflnb_transpose_chained" if is_chained else "shflnb_transpose"
-    return KernelSpec(name, name, "transpose", make, 8, TRANSPOSE_THREADS, TRANSPOSE_SMEM)
+    name = f"shflnb_transpose{f'_add_{adds}' if adds else ''}{'_chained' if is_chained else ''}"
+    arguments, smem = 10 if adds else 8, transpose_smem(bool(adds))
+    return KernelSpec(name, name, "transpose", make, arguments, TRANSPOSE_THREADS, smem)
 
 
-def transpose_launch(context: DeviceContext, stream: int, rows: int, cols: int) -> tuple[LoadedKernel, Any, int]:
-    """The transpose kernel, its launch configuration and its `at_once` for a (rows, cols) matrix."""
-    kernel = context.kernel(transpose_spec(context.has_chaining), stream)
-    blocks, at_once = transpose_grid(context.sm_count, context.smem_limit, rows, cols)
-    return kernel, kernel.config(blocks, is_chained=context.has_chaining), at_once
+def transpose_launch(
+    context: DeviceContext, stream: int, rows: int, cols: int, adds: str = ""
+) -> tuple[LoadedKernel, Any, int]:
+    """The transpose kernel, its launch configuration and its `at_once` for a (rows, cols) matrix; kept by the context,
+    for the configuration takes as long to make as to launch.
+    """
+    found: tuple[LoadedKernel, Any, int] | None = context.transposes.get((rows, cols, adds))
+    if found is None:
+        kernel = context.kernel(transpose_spec(context.has_chaining, adds), stream)
+        blocks, at_once = transpose_grid(context.sm_count, context.smem_limit, rows, cols, kernel.spec.smem_bytes)
+        found = kernel, kernel.config(blocks, is_chained=context.has_chaining), at_once
+        if len(context.transposes) >= PLANS_KEPT:
+            context.transposes.clear()
+        context.transposes[rows, cols, adds] = found
+    return found
 
 
 def copy_spec() -> KernelSpec:

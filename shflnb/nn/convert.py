@@ -198,6 +198,8 @@ class _Work:
             return
         self.is_planned = True
         self.seen = observe(self.model, example_inputs, self.modules())
+        if not any(self.model.get_submodule(name).weight.device.type in SHARE_ON for name in self.names):
+            self.seen.summed.clear()  # elsewhere nothing is turned
         if self.options.policy == "never_slower":
             for name in [name for name in self.names if name not in self.seen.calls]:
                 self._leave(name, "the example inputs do not reach it, so it was not timed")
@@ -338,7 +340,7 @@ class _Work:
             layer = self.model.get_submodule(name)
             assert isinstance(layer, ShflLinear), "replaced in _commit"
             if self.is_planned and name in self.seen.calls:
-                layer.layout = layout.layout(name)
+                layer.layout, layer.joins_sum = layout.layout(name), name in layout.summed
                 self.rows[name].layout = _layout_text(name, layout, layer.values.device.type in SHARE_ON)
         for group in layout.shared:
             shared = SharedInput(len(group))
@@ -392,9 +394,7 @@ class _Work:
 
 
 def _layout_text(name: str, layout: Plan, is_shared: bool) -> str:
-    into = "feature" if name in layout.feature_in else "token"
-    readers = layout.readers(name)
-    text = f"{into} -> {layout.layout(name)}"
+    readers, text = layout.readers(name), layout.text(name)
     return f"{text}, input transposed once for {readers}" if readers > 1 and is_shared else text
 
 

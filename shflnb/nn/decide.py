@@ -111,27 +111,27 @@ class Timer:
         self, name: str, facts: Facts, layer: ShflLinear, tokens: Counter[int], layout: Plan, *, fresh: bool = False
     ) -> Times:
         """Times of one layer in the layouts of the plan; `fresh` measures the sparse side again, for a new pattern."""
-        activation = layout.fused[name][1] if name in layout.fused else None
+        activation, summed = layout.fused[name][1] if name in layout.fused else None, name in layout.summed
         counts = {n: calls for n, calls in tokens.items() if n}
         on_gpu = layer.values.device.type == "cuda"
         margin = LAUNCH_MARGIN_US * sum(counts.values()) if on_gpu else 0.0
-        dense = sum(calls * self._dense(facts, n, activation) for n, calls in counts.items())
+        dense = sum(calls * self._dense(facts, n, activation, summed) for n, calls in counts.items())
         sparse = sum(
             calls * self._sparse(name, layer, facts, n, activation, layout, fresh) for n, calls in counts.items()
         )
         found = Times(dense, sparse, margin)
         # a dense time is looked at again before it chooses: a disturbed one was 3 times too long (H100, 2026-11-26)
         if counts and found.is_worth_it:
-            dense = sum(calls * self._dense(facts, n, activation, again=True) for n, calls in counts.items())
+            dense = sum(calls * self._dense(facts, n, activation, summed, again=True) for n, calls in counts.items())
             found = Times(dense, sparse, margin)
         return found
 
-    def _dense(self, facts: Facts, n: int, activation: str | None, *, again: bool = False) -> float:
+    def _dense(self, facts: Facts, n: int, activation: str | None, summed: bool, *, again: bool = False) -> float:
         """The dense time; with `again` the smaller of two, the second measured after other work."""
         w = facts.weight
-        key = ("dense", tuple(w.shape), n, facts.dtype, w.device, facts.bias is not None, activation)
+        key = ("dense", tuple(w.shape), n, facts.dtype, w.device, facts.bias is not None, activation, summed)
         if key not in self._known or (again and key not in self._confirmed):
-            calls = dense_call(w, facts.bias, n, facts.dtype, activation)
+            calls = dense_call(w, facts.bias, n, facts.dtype, activation, summed=summed)
             us = call_us(calls, w.device, self.timing, is_cold=n < COLD_BELOW)
             self._known[key] = min(us, self._known.get(key, us))
             if again:
@@ -143,13 +143,14 @@ class Timer:
     ) -> float:
         device, k = layer.values.device, layer.in_features
         feature_in, out, readers = name in layout.feature_in, layout.layout(name), layout.readers(name)
+        summed = name in layout.summed
         shares = readers > 1 and device.type in SHARE_ON and n > FEW_TOKENS
         longest = int(layer.indptr.diff().max()) if layer.indptr.numel() > 1 else 0
         key = ("sparse", layer.out_features, k, layer.block, layer.values.shape[0], longest, n, facts.dtype, device,
-               layer.bias is not None, activation, feature_in or shares, out)  # fmt: skip
+               layer.bias is not None, activation, feature_in or shares, out, summed)  # fmt: skip
         if fresh or key not in self._known:
             calls = sparse_call(
-                layer, n, facts.dtype, feature_in=feature_in or shares, layout=out, activation=activation
+                layer, n, facts.dtype, feature_in=feature_in or shares, layout=out, activation=activation, summed=summed
             )
             self._known[key] = call_us(calls, device, self.timing, is_cold=n < COLD_BELOW)
         return self._known[key] + (self._transpose(n, k, layer, facts.dtype) / readers if shares else 0.0)

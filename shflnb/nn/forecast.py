@@ -14,7 +14,7 @@ from .decide import Options, Timer, Times, decide, sparsity_of
 from .eligible import FilterFn, find_layers
 from .facts import Facts, compute_dtype, facts_of, stand_in, unsupported
 from .measure import call_us, device_name
-from .modules import ShflLinear
+from .modules import SHARE_ON, ShflLinear
 from .observe import Observation, call_model, evaluation, observe
 from .planner import Plan
 from .predict import Gpu, gpu_named, predicted_us
@@ -81,6 +81,8 @@ def estimate(
         sparsity_of(name, options, {alias for c in found for alias in (c.name, *c.aliases)})
     seen = observe(model, example_inputs, {model.get_submodule(name): name for name in names})
     place = _place(model, device)
+    if isinstance(place, torch.device) and place.type not in SHARE_ON:
+        seen.summed.clear()  # there nothing is turned
     asker = (
         _Predictor(model, seen, options, place)
         if isinstance(place, Gpu)
@@ -119,8 +121,7 @@ def _fill(row: LayerReport, times: Times, layout: Plan, seen: Observation, optio
     row.sparsity = 1.0 - min(1.0, columns * v / (m * k))
     row.sparse_bytes = round(row.dense_bytes * (1.0 - row.sparsity)) + 4 * columns
     row.reason = f"{times.dense / times.sparse:.2f}x faster" if times.is_worth_it else "policy always"
-    into = "feature" if row.name in layout.feature_in else "token"
-    row.layout = f"{into} -> {layout.layout(row.name)}"
+    row.layout = layout.text(row.name)
     row.fused = layout.fused[row.name][1] if row.name in layout.fused else None
 
 
@@ -221,7 +222,8 @@ class _Predictor:
         dense = sparse = 0.0
         for n, calls in Counter(self.seen.calls[name]).items():
             moved = 0.0 if name in layout.feature_in else k * n / layout.readers(name)
-            moved += 0.0 if name in layout.feature_out else m * n
+            # a sum that turns its operand moves what the sum alone would
+            moved += 0.0 if name in layout.feature_out or name in layout.summed else m * n
             one = predicted_us(
                 self.gpu, m, k, n, density, self.options.block[0], timing=self.options.timing, transposes=moved
             )

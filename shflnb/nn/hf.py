@@ -39,6 +39,8 @@ def layer_records(model: nn.Module) -> dict[str, dict[str, Any]]:
                 "block": list(module.block), "kept": module.values.shape[0], "activation": module.activation,
                 "layout": module.layout,
             }  # fmt: skip
+            if module.joins_sum:
+                records[name]["joins_sum"] = True
             if module.shared is not None:
                 groups.setdefault(id(module.shared), []).append(name)
     for number, names in enumerate(groups.values()):
@@ -72,7 +74,7 @@ def restore_layers(model: nn.Module, records: dict[str, dict[str, Any]], identit
             device=linear.weight.device, dtype=linear.weight.dtype,
         )  # fmt: skip
         layer.resize_kept(kept)
-        layer.name, layer.layout = name, layout
+        layer.name, layer.layout, layer.joins_sum = name, layout, bool(record.get("joins_sum"))
         if "shared" in record:
             readers = sum(other.get("shared") == record["shared"] for other in records.values())
             layer.share(shared.setdefault(record["shared"], SharedInput(readers)))

@@ -186,27 +186,43 @@ def _copies(n: int, nbytes: int, device: torch.device) -> int:
 
 
 def dense_call(
-    weight: torch.Tensor, bias: torch.Tensor | None, n: int, dtype: torch.dtype, activation: str | None = None
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    dtype: torch.dtype,
+    activation: str | None = None,
+    *,
+    summed: bool = False,
 ) -> list[Callable[[], Any]]:
-    """Calls of the dense layer on `n` tokens, token-major as in the dense model, with the activation that would be
-    fused.
+    """Calls of the dense layer on `n` tokens, token-major as in the dense model, with the activation and the sum that
+    would be fused.
     """
     weight = weight.detach().to(dtype)
     bias = None if bias is None else bias.detach().to(dtype)
     x = _input(n, weight.shape[1], weight, dtype)
     copies = _copies(n, weight.numel() * weight.element_size(), weight.device)
     weights = [weight, *(weight.clone() for _ in range(copies - 1))]
+    residual = _input(n, weight.shape[0], weight, dtype) if summed else None
 
     def call(w: torch.Tensor) -> Callable[[], Any]:
+        if residual is not None:
+            return lambda: residual + activate(F.linear(x, w, bias), activation)
         return lambda: activate(F.linear(x, w, bias), activation)
 
     return [call(w) for w in weights]
 
 
 def sparse_call(
-    layer: ShflLinear, n: int, dtype: torch.dtype, *, feature_in: bool, layout: str, activation: str | None = None
+    layer: ShflLinear,
+    n: int,
+    dtype: torch.dtype,
+    *,
+    feature_in: bool,
+    layout: str,
+    activation: str | None = None,
+    summed: bool = False,
 ) -> list[Callable[[], Any]]:
-    """Calls of a packed layer on `n` tokens in the layouts of the plan."""
+    """Calls of a packed layer on `n` tokens in the layouts of the plan, with the sum that its result goes into."""
     x = _input(n, layer.in_features, layer.values, dtype)
     x = to_feature_major(x) if feature_in else x
     copies = _copies(n, layer.values.numel() * layer.values.element_size(), layer.values.device)
@@ -214,12 +230,13 @@ def sparse_call(
     for number in range(copies):
         twin = layer if number == 0 and layer.values.dtype == dtype else copy.deepcopy(layer).to(dtype)
         twin = _detached(twin)
-        twin.layout, twin.shared = layout, None
+        twin.layout, twin.shared, twin.joins_sum = layout, None, summed
         twin.set_activation(activation)
         layers.append(twin)
+    residual = _input(n, layer.out_features, layer.values, dtype) if summed else None
 
     def call(one: nn.Module) -> Callable[[], Any]:
-        return lambda: one(x)
+        return (lambda: one(x)) if residual is None else (lambda: residual + one(x))
 
     return [call(one) for one in layers]
 

@@ -17,7 +17,8 @@ from ..formats.shflbw import check_block
 from ..patterns import prune
 from .joint import JointProducts, few_layout
 from .layout import is_feature_major, to_feature_major
-from .op import ACTIVATIONS, FEW_TOKENS, activate, dense_weight, packed_linear, turned
+from .op import ACTIVATIONS, FEW_TOKENS, activate, dense_weight, is_plain_call, packed_linear, plain_linear, turned
+from .sums import LEAST_VALUES, as_term
 
 __all__ = ["SharedInput", "ShflLinear"]
 
@@ -57,6 +58,8 @@ class ShflLinear(nn.Module):
     bias : Parameter (out_features,) or None
     layout : "same", "token" or "feature"
         Order of the result in memory; set by the planner of `sparsify_`. Values do not depend on it.
+    joins_sum : bool
+        Whether all results go into a residual sum, which then turns them (see `sums.py`); set by the planner.
     name : str
         Name in the model, for error texts.
 
@@ -73,6 +76,7 @@ class ShflLinear(nn.Module):
     indptr: torch.Tensor
     row_perm: torch.Tensor
     form: torch.Tensor
+    joins_sum = False  # of layers pickled before there was such a thing, too
 
     def __init__(
         self,
@@ -243,10 +247,28 @@ class ShflLinear(nn.Module):
             elif shared is not None:
                 layout = ("feature" if is_feature_major(x) else "token") if layout == "same" else layout
                 x = shared.feature_major(x)
+        if self.joins_sum and layout == "token" and self._may_wait_for_a_sum(x):
+            return as_term(plain_linear(
+                x, self.values, self.indices, self.indptr, self.row_perm, self.bias, self.in_features, self.block[1],
+                activation, True,
+            ))  # fmt: skip
         return packed_linear(
             x, self.values, self.indices, self.indptr, self.row_perm, self.bias,
             k=self.in_features, tile_k=self.block[1], activation=activation, layout=layout,
         )  # fmt: skip
+
+    def _may_wait_for_a_sum(self, x: torch.Tensor) -> bool:
+        """Whether the result can be handed on feature-major, for the sum that turns it."""
+        tokens, m = x.numel() // max(1, self.in_features), self.out_features
+        return (
+            x.device.type in SHARE_ON
+            and tokens > FEW_TOKENS
+            and tokens * m >= LEAST_VALUES
+            and m % 8 == 0
+            and x.dim() > 1
+            and x.dtype in (torch.float16, torch.bfloat16)
+            and is_plain_call(x, self.values, self.bias)
+        )
 
     def _compiled(self, x: torch.Tensor, activation: str | None) -> torch.Tensor:
         """Both transposes in the open, where the compiler fuses them with their neighbours."""
@@ -275,6 +297,8 @@ class ShflLinear(nn.Module):
             parts.append(f"activation={self.activation}")
         if self.layout != "same":
             parts.append(f"layout={self.layout}")
+        if self.joins_sum:
+            parts.append("joins_sum=True")
         return ", ".join(parts)
 
     def _form(self) -> list[int]:

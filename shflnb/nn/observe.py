@@ -1,10 +1,10 @@
 """One forward pass watched: which layers run, on how many tokens, and where their outputs go.
 
-The planner needs three facts that the module tree does not tell: which layer's output reaches which other layer
+The planner needs four facts that the module tree does not tell: which layer's output reaches which other layer
 through nothing but elementwise operations (then it may stay feature-major on the way), which layers read the same
-tensor (then one transpose serves them all), and which activation module does nothing but activate one layer's output
-(then the epilogue can do it). They are read off one run of the dense model under a `TorchDispatchMode`; nothing is
-traced or rewritten.
+tensor (then one transpose serves them all), which activation module does nothing but activate one layer's output
+(then the epilogue can do it), and which output does nothing but join a sum (then that sum can turn it). They are read
+off one run of the dense model under a `TorchDispatchMode`; nothing is traced or rewritten.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Observation:
     meets : sets of layers whose outputs meet in an elementwise operation (gate * up): they share one layout
     shared : sets of layers that read one tensor, which nothing writes to in between
     fusable : layer name -> (name of the module that only activates its output, "relu" | "gelu" | "silu")
+    summed : layer names whose outputs all go into a sum with an ordinary tensor of the same size, and nowhere else
     """
 
     calls: dict[str, list[int]] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Observation:
     meets: list[frozenset[str]] = field(default_factory=list)
     shared: list[tuple[str, ...]] = field(default_factory=list)
     fusable: dict[str, tuple[str, str]] = field(default_factory=dict)
+    summed: set[str] = field(default_factory=set)
 
     @property
     def order(self) -> list[str]:
@@ -152,6 +154,7 @@ class _Watch(TorchDispatchMode):
         self.reader: Any = WeakIdKeyDictionary()
         self.reads: list[_Read] = []
         self.uses: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()
         self.leaf_calls: Counter[str] = Counter()
         self.activated: dict[str, Counter[tuple[str, str]]] = {}
         self.inside: str | None = None
@@ -205,6 +208,8 @@ class _Watch(TorchDispatchMode):
             operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
             for operand in operands:
                 self._use(operand)
+            if func is torch.ops.aten.add.Tensor and len(operands) == 2 and len(args) == 2 and not kwargs:
+                self._sum(*operands)
             if self.leaf is not None:
                 plain = not kwargs or kwargs.get("approximate", "none") == "none"
                 self.leaf[2].append((func._schema.name, operands[0] if operands else None, out, plain))
@@ -216,6 +221,12 @@ class _Watch(TorchDispatchMode):
         source = self.direct.get(x)
         if source is not None:
             self.uses[source] += 1
+
+    def _sum(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        for term, other in ((a, b), (b, a)):
+            source = self.direct.get(term)
+            if source is not None and other not in self.flow and other.is_contiguous():
+                self.sums[source] += (other.shape, other.dtype) == (term.shape, term.dtype)
 
     def _follow(self, func: Any, operands: list[torch.Tensor], out: Any) -> None:
         flows = [self.flow[x] for x in operands if x in self.flow]
@@ -245,6 +256,7 @@ class _Watch(TorchDispatchMode):
             calls = len(seen.calls[name])
             if times == calls and self.uses[name] == calls and self.leaf_calls[leaf] == calls:
                 seen.fusable[name] = (leaf, activation)
+        seen.summed = {name for name, times in self.sums.items() if times == self.uses[name] == len(seen.calls[name])}
         return seen
 
 

@@ -22,8 +22,8 @@ from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from .layout import is_feature_major
 from .record import launch_record
 
-__all__ = ["ACTIVATIONS", "FEW_TOKENS", "activate", "dense_weight", "dispatch_state", "is_plain_call", "packed_linear",
-           "turned"]  # fmt: skip
+__all__ = ["ACTIVATIONS", "FEW_TOKENS", "activate", "dense_weight", "dispatch_state", "feature_view", "flat_product",
+           "has_plain_keys", "is_plain_call", "packed_linear", "plain_linear", "turned"]  # fmt: skip
 
 ACTIVATIONS = ("relu", "gelu", "silu")
 """What the epilogue can do; "gelu" is the exact form, with the error function."""
@@ -154,12 +154,12 @@ def is_plain_call(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | No
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return False
-    return (
-        type(x) is torch.Tensor
-        and _keys_of(x).raw_repr() in _PLAIN_KEYS
-        and dispatch_state() in _PLAIN_STATES
-        and not torch._C._is_torch_function_mode_enabled()
-    )
+    return has_plain_keys(x) and dispatch_state() in _PLAIN_STATES and not torch._C._is_torch_function_mode_enabled()
+
+
+def has_plain_keys(x: torch.Tensor) -> bool:
+    """Whether this is a tensor and nothing more: no subclass, no wrapper of a functorch transform."""
+    return type(x) is torch.Tensor and _keys_of(x).raw_repr() in _PLAIN_KEYS
 
 
 def _linear(
@@ -185,15 +185,30 @@ def _linear(
     if x.is_cuda and tokens > FEW_TOKENS and (is_feature_in or feature_out):
         features = x.movedim(-1, 0).reshape(k, tokens) if is_feature_in else turned(x.reshape(tokens, k))
         y = ops.matmul(packed, features, bias=bias, activation=activation)
-        return y.view(m, *lead).movedim(0, -1) if feature_out else turned(y, is_result=True).view(*lead, m)
+        return feature_view(y, lead) if feature_out else turned(y, is_result=True).view(*lead, m)
     # Always two dimensions, of strides (k, 1) or (1, tokens), whatever the leading dimensions are.
     flat = x.movedim(-1, 0).reshape(k, tokens).t() if is_feature_in else x.reshape(tokens, k)
     if feature_out and x.dim() > 1:
         memory = x.new_empty(m, tokens)
         if tokens:
             ops.linear(flat, packed, bias, activation=activation, out=memory.t())
-        return memory.view(m, *lead).movedim(0, -1)
+        return feature_view(memory, lead)
     return ops.linear(flat, packed, bias, activation=activation).view(*lead, m)
+
+
+def plain_linear(*args: Any) -> torch.Tensor:
+    """`shflnb::linear` past the dispatcher, for a call that `is_plain_call` has found to be plain."""
+    return _linear(*args)
+
+
+def feature_view(y: torch.Tensor, lead: torch.Size) -> torch.Tensor:
+    """A (m, tokens) product as the feature-major tensor (*lead, m)."""
+    return y.t() if len(lead) == 1 else y.view(y.shape[0], *lead).movedim(0, -1)
+
+
+def flat_product(y: torch.Tensor) -> torch.Tensor:
+    """The (m, tokens) product of a feature-major tensor; its own memory."""
+    return y.t() if y.dim() == 2 else y.movedim(-1, 0).reshape(y.shape[-1], -1)
 
 
 def turned(x: torch.Tensor, *, is_result: bool = False) -> torch.Tensor:

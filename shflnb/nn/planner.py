@@ -1,6 +1,6 @@
-"""Which layers keep their output feature-major, which share one transpose, and which take over an activation.
+"""Which layers keep their output feature-major, share one transpose, take over an activation, or go into a sum.
 
-    token-major x --transpose--> fc1 (+ gelu) --feature-major--> fc2 --transpose--> token-major y
+    token-major x --transpose--> fc1 (+ gelu) --feature-major--> fc2 --transpose (+ residual)--> token-major y
     token-major x --transpose--> shared by q, k and v
 
 A pure function of what was observed and of the set of sparse layers, so it can be asked again when a layer stays dense.
@@ -26,16 +26,23 @@ class Plan:
     feature_in : layers whose input arrives feature-major
     shared : groups of layers that share one transpose of their common input
     fused : layer -> (activation module that becomes an identity, activation)
+    summed : layers whose output is made token-major by the sum that it goes into
     """
 
     feature_out: frozenset[str] = frozenset()
     feature_in: frozenset[str] = frozenset()
     shared: tuple[tuple[str, ...], ...] = ()
     fused: dict[str, tuple[str, str]] = field(default_factory=dict)
+    summed: frozenset[str] = frozenset()
 
     def layout(self, name: str) -> str:
         """The order in which the layer hands on its result: "feature" or "token"."""
         return "feature" if name in self.feature_out else "token"
+
+    def text(self, name: str) -> str:
+        """The layer's row of a report: "token -> feature", or where a sum turns the result "token -> token (sum)"."""
+        into = "feature" if name in self.feature_in else "token"
+        return f"{into} -> {self.layout(name)}{' (sum)' if name in self.summed else ''}"
 
     def readers(self, name: str) -> int:
         """How many layers share the transpose of this layer's input (1: its own)."""
@@ -61,7 +68,8 @@ def plan(seen: Observation, sparse: Set[str], *, fuse: bool = True) -> Plan:
     groups = (tuple(n for n in group if n in sparse and n not in feature_in) for group in seen.shared)
     shared = tuple(group for group in groups if len(group) > 1)
     fused = {name: seen.fusable[name] for name in sorted(sparse & seen.fusable.keys())} if fuse else {}
-    return Plan(feature_out, feature_in, shared, fused)
+    summed = frozenset(seen.summed & sparse) - feature_out if fuse else frozenset()
+    return Plan(feature_out, feature_in, shared, fused, summed)
 
 
 def components(seen: Observation, names: Iterable[str]) -> list[list[str]]:

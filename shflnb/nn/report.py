@@ -37,11 +37,12 @@ class LayerReport:
     retained : float or None
         Kept score / all score; None where nothing was pruned.
     dense_us, sparse_us : float or None
-        Microseconds of all calls of one forward pass on this device, both with the fused activation if there is one.
+        Microseconds of all calls of one forward pass on this device, both with the fused activation, and with the sum
+        that the result goes into, if there is one.
     decision : "sparse" or "dense"
     reason : str
     layout : str
-        For sparse layers, e.g. "token -> feature".
+        For sparse layers, e.g. "token -> feature"; "token -> token (sum)" where a sum turns the result.
     fused : str or None
         Activation computed in the epilogue.
     dense_bytes, sparse_bytes : int

@@ -10,11 +10,13 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)")
 
-from emulated import EmulatedDevice, install
+from emulated import DTYPES, EmulatedDevice, install
 
+from shflnb.errors import ShapeError
 from shflnb.kernels.config import ceil_div, smem_limit
 from shflnb.kernels.device_call import Call
-from shflnb.kernels.transpose_config import TILE_COLS, TILE_ROWS, TILES_A_BLOCK, transpose_grid
+from shflnb.kernels.spmm_device import device_transpose
+from shflnb.kernels.transpose_config import TILE_COLS, TILE_ROWS, TILES_A_BLOCK, transpose_grid, transpose_smem
 
 SMALL = (8, 6)  # one block fits an SM, nothing is chained
 HOPPER = (9, 0)  # three
@@ -98,7 +100,66 @@ def test_features_first_and_tokens_from_the_last(is_result: bool, monkeypatch: p
     assert list(dict.fromkeys(seen)) == tiles
 
 
+# --- what is added to a turned result --------------------------------------------------------------------------------
+def turn_and_add(
+    device: EmulatedDevice, rows: int, cols: int, dtype: str = "float16", *, shift: int = 0, in_place: bool = False
+) -> None:
+    """dst = src.T + addend, against NumPy's sum in float32; NaN stays NaN."""
+    kind = np.dtype(DTYPES[dtype])
+    random = np.random.default_rng(rows * 7919 + cols)
+    values = (random.standard_normal((rows, cols)) * 9).astype(kind)
+    others = (random.standard_normal((cols, rows)) * 9).astype(kind)
+    others[cols // 2, rows // 2] = np.nan
+    src = device.array(values, pitch=ceil_div(cols + 3, 8) * 8, shift=shift)
+    addend = device.array(others, pitch=rows + 8)
+    dst = addend if in_place else device.empty(cols, rows, dtype, pitch=rows + 16)
+    call = Call(None, src, src)  # type: ignore[arg-type]  # no product is made
+    call.transpose(src.address, src.strides[0], dst.address, dst.strides[0], rows, cols, is_result=True,
+                   addend=(addend.address, addend.strides[0]))  # fmt: skip
+    want = (values.T.astype(np.float32) + others.astype(np.float32)).astype(kind)
+    np.testing.assert_array_equal(device.read(dst).astype(np.float32), want.astype(np.float32))
+    assert device.machine.memory.unwritten_reads == 0
+    assert device.launched[-1].startswith(f"shflnb_transpose_add_{dtype}")
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(8, 1), (8, 203), (32, 64), (40, 65), (64, 128), (72, 129), (136, 70)])
+def test_an_addend_of_any_size(rows: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = install(monkeypatch, EmulatedDevice(rows + cols, capability=HOPPER, sm_count=2))
+    turn_and_add(device, rows, cols)
+    turn_and_add(device, rows, cols, in_place=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("capability", [SMALL, HOPPER])
+def test_an_addend_comes_with_each_tile(
+    dtype: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tiles than blocks, so that stages are used again; a misaligned src goes value by value."""
+    device = install(monkeypatch, EmulatedDevice(3, capability=capability, sm_count=1))
+    turn_and_add(device, 136, 520, dtype)
+    turn_and_add(device, 72, 140, dtype, shift=1)
+
+
+def test_an_addend_of_another_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = install(monkeypatch, EmulatedDevice(1, capability=HOPPER))
+    src = device.array(np.ones((16, 24), np.float16))
+    fits = device.array(np.ones((24, 16), np.float16))
+    device_transpose(src, is_result=True, addend=fits, out=fits)
+    assert (device.read(fits) == 2).all()
+    for bad in (device.array(np.ones((16, 24), np.float16)), device.array(np.ones((24, 16), np.float16), pitch=24)):
+        with pytest.raises(ShapeError, match=r"addend is float16 of shape .* expected a C-contiguous"):
+            device_transpose(src, is_result=True, addend=bad)
+    with pytest.raises(ShapeError, match="addend has rows of 12 values"):
+        device_transpose(device.array(np.ones((12, 8), np.float16)), addend=device.array(np.ones((8, 12), np.float16)))
+    assert len(device.launched) == 1
+
+
 # --- the grid --------------------------------------------------------------------------------------------------------
+def test_the_grid_with_an_addend_has_more_shared_memory_a_block() -> None:
+    for sms, limit, per_sm in ((132, smem_limit((9, 0)), 2), (82, smem_limit((8, 6)), 1)):
+        assert transpose_grid(sms, limit, 1 << 14, 1 << 12, transpose_smem(True))[1] == per_sm * sms
+
+
 @pytest.mark.parametrize(("capability", "per_sm"), [((8, 0), 2), ((8, 6), 1), ((9, 0), 3), ((10, 0), 3), ((12, 0), 1)])
 def test_the_grid_takes_every_tile_once(capability: tuple[int, int], per_sm: int) -> None:
     """By the kernel's arithmetic, for any number of multiprocessors; no block has more tiles than it should."""

@@ -14,8 +14,10 @@ pytest.importorskip("numba.cuda", reason="needs numba-cuda (extra cu12 or cu13)"
 from gpu_cases import GUARD, MARK, dense_of, random_packed
 
 import shflnb
+from shflnb.errors import DtypeError, ShapeError
 from shflnb.kernels.config import ceil_div
 from shflnb.kernels.device_call import Call
+from shflnb.kernels.spmm_device import device_transpose
 from shflnb.kernels.views import device_view
 
 pytestmark = pytest.mark.gpu
@@ -101,3 +103,41 @@ def test_strided_copy(rows: int) -> None:
                 call_on(src).copy((src.data_ptr(), *src.stride()), to, rows, cols)
                 result, intact = dst.taken()
                 assert bool((result == (src.T if turned else src)).all()) and bool(intact), (rows, cols, turned)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_addend_is_added_as_torch_adds_it(dtype: str, in_place: bool) -> None:
+    """To the bit, over cut tiles, tiles behind each other, and rows of the source at any address."""
+    kind, good = getattr(torch, dtype), []
+    for rows, cols in ((8, 1), (8, 521), (32, 64), (64, 127), (136, 65), (1000, 777), (4104, 5003)):
+        values, others = (torch.randn(r, c, device="cuda").to(kind) for r, c in ((rows, cols), (cols, rows)))
+        want = others + values.t().contiguous()
+        dst, addend = (Area(cols, rows, rows + 8, 0) for _ in range(2))
+        target = addend if in_place else dst
+        addend.matrix.copy_(others.view(torch.int16))
+        call_on(values).transpose(values.data_ptr(), cols, target.matrix.data_ptr(), rows + 8, rows, cols, True,
+                                  addend=(addend.matrix.data_ptr(), rows + 8))  # fmt: skip
+        result, intact = target.taken()
+        good.append(((result == want.view(torch.int16)).all() & intact, (rows, cols)))
+    verdict = torch.stack([g for g, _ in good]).cpu()
+    assert bool(verdict.all()), [case for ok, (_, case) in zip(verdict, good, strict=True) if not ok]
+
+
+def test_a_second_transpose_of_the_same_size_takes_the_short_road() -> None:
+    """With the same result, and not for another dtype, order or address."""
+    x, h = torch.randn(200, 96, device="cuda").half(), torch.randn(96, 200, device="cuda").half()
+    for addend in (None, h):
+        want = x.t().contiguous() if addend is None else h + x.t()
+        for _ in range(2):
+            assert torch.equal(device_transpose(x, is_result=True, addend=addend), want)
+    shifted = torch.randn(200 * 96 + 1, device="cuda").half()[1:].view(200, 96)
+    assert torch.equal(device_transpose(shifted), shifted.t())
+    assert torch.equal(device_transpose(x.bfloat16(), addend=h.bfloat16()), h.bfloat16() + x.bfloat16().t())
+    wide = torch.randn(200, 104, device="cuda").half()[:, :96]
+    assert torch.equal(device_transpose(wide, addend=h), h + wide.t())
+    for bad in (h.float(), h[:95], h.t()):
+        with pytest.raises(ShapeError, match="addend is"):
+            device_transpose(x, addend=bad)
+    with pytest.raises(DtypeError, match="x is int16"):
+        device_transpose(x.view(torch.int16))

@@ -17,6 +17,7 @@ from torch import nn
 from shflnb.errors import CaptureError, DeviceError, DtypeError
 from shflnb.nn import ShflLinear, estimate, is_feature_major, packed_linear, sparsify_, to_feature_major
 from shflnb.nn.record import record_count
+from shflnb.nn.sums import SumTerm
 
 pytestmark = pytest.mark.gpu(min_capability=(8, 0))
 HALVES = [torch.float16, torch.bfloat16]
@@ -224,3 +225,28 @@ def test_nan_in_an_unused_column_does_not_spread() -> None:
     clean = packed_linear(x, *t, k=96, tile_k=32)
     x[:, unused] = float("nan")
     assert torch.equal(packed_linear(x, *t, k=96, tile_k=32), clean)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_residual_sum_turns_the_result(dtype: torch.dtype) -> None:
+    """To the bit what the layer and torch's sum give; in a graph too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(GatedMLP(256, 512), nn.LayerNorm(256), GatedMLP(256, 512)).cuda().to(dtype).eval()
+    model.requires_grad_(False)
+    x = torch.randn(33, 512, 256, device="cuda", dtype=dtype)
+    report = sparsify_(model, 0.5, (32, 64), example_inputs=x, policy="always", search="identity", measure_model=False)
+    assert [row.layout for row in report.rows if row.name.endswith("down")] == ["feature -> token (sum)"] * 2
+    down = model[0].down
+    assert type(down(torch.randn(16896, 512, device="cuda", dtype=dtype))) is SumTerm
+    got, twin = model(x), copy.deepcopy(model)
+    for block in (twin[0], twin[2]):
+        block.down.joins_sum = False
+    assert type(got) is torch.Tensor and torch.equal(got, twin(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, twin(x)) and not torch.equal(out, got)
+    few = torch.randn(3, 256, device="cuda", dtype=dtype)
+    assert torch.equal(model(few), twin(few))
