@@ -7,7 +7,7 @@ bytes, or what the tensor cores need if that is longer; a tile costs its stages 
 multiprocessor, a launch and what device memory adds make the time. In those 495 cases the choice is within 8 % of the
 fastest candidate (0.3 % on average; within 10 % also on shapes left out of a fit), and predictions are 5 % off on
 average. v = 16 was not measured and gets what v = 32 gets. Consumers in turns at 64 and 128 tokens, and four warps to
-a stage of 128, came later, with 29 shapes on an H100 (2026-11-26).
+a stage of so many, came later, with 29 and 15 shapes on an H100 (2026-11-26 and 27).
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ DRAIN_US_PER_KB = 0.019  # of results
 EPILOGUE_US_PER_KB = {"gelu": 0.03, "silu": 0.02}  # of results, beside the drain (H100, 2026-11-26; silu: guessed)
 ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longer stands while a tile drains
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
-ALL_STITCH_US, ALL_STITCH_STAGE = 0.5, 1.06  # all four warps at one stage of 128 tokens: there sooner, longer each
+ALL_STITCH_US = 0.5  # all four warps at one stage: it is there sooner, and the next ones take longer, by (v, tile_n)
+ALL_STITCH_STAGE = {(128, 128): 1.12, (128, 64): 1.18, (64, 128): 1.18}
 WIDE_STAGE = 0.9  # time of a stage of 512 tokens, since ptxas assembles it without spills (H100, 2026-11-26)
 US_PER_MB = 0.05  # of x, weights and result: what device memory adds; three quarters of its time are hidden
 SMALL_X_BYTES = 4e6  # of x, for which every order is as good
@@ -66,12 +67,19 @@ H200_SMS = 132
 # tile_n, tile_k, stages, team, alternate
 _SM90_TOKENS = ((256, 64, 5, 2, True), (256, 64, 5, 2, False), (512, 32, 5, 2, False), (128, 64, 6, 1, False))
 _SM90_TILES = {
-    128: ((256, 64, 4, 4, False), (128, 64, 6, 2, False), (128, 64, 6, 4, False), (64, 64, 8, 2, False)),
+    128: (
+        (256, 64, 4, 4, False),
+        (128, 64, 6, 2, False),
+        (128, 64, 6, 4, False),
+        (64, 64, 8, 2, False),
+        (64, 64, 8, 4, False),
+    ),
     64: (
         (256, 64, 5, 2, True),
         (256, 64, 5, 2, False),
         (512, 32, 5, 2, False),
         (128, 64, 6, 2, True),
+        (128, 64, 6, 4, True),
         (64, 64, 8, 2, True),
     ),
     32: _SM90_TOKENS,
@@ -138,8 +146,8 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
     drain = DRAIN_US + kib * (DRAIN_US_PER_KB + EPILOGUE_US_PER_KB.get(problem.epilogue, 0.0))
     rounds = max(1, ceil_div(tiles, slots))
     launch = WGMMA_LAUNCH_US
-    if config.team == 4 and config.tile_n == 128:
-        launch, stage = launch - ALL_STITCH_US, stage * ALL_STITCH_STAGE
+    if config.team == 4 and (config.v, config.tile_n) in ALL_STITCH_STAGE:
+        launch, stage = launch - ALL_STITCH_US, stage * ALL_STITCH_STAGE[config.v, config.tile_n]
     if config.tile_n == 512:
         stage *= WIDE_STAGE
     if config.alternate:
