@@ -18,6 +18,7 @@ On the CPU (`device="cpu"`) the same code times with the host's clock. Run scrip
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -294,20 +295,30 @@ def _estimate_us(calls: Sequence[Call]) -> float:
     return begin.elapsed_time(end) * 1e3 / 3
 
 
-def eager_us(call: Call, device: str = "cuda", *, device_us: float = 0.0, batches: int = 3) -> float:
-    """Microseconds of a call in a plain loop: the host's cost or the device's (`device_us`), whichever is longer."""
+def eager_us(call: Call, device: str = "cuda", *, device_us: float = 0.0, batches: int = 7) -> float:
+    """Microseconds of a call in a plain loop: the host's cost or the device's (`device_us`), whichever is longer.
+
+    Without Python's garbage collection, as in `timeit`: what else the process has made decides how long that takes.
+    """
     is_cuda = device.startswith("cuda")
     calls = int(min(20.0, max(3.0, 5e3 / max(device_us, 1.0))))
     found = []
-    for _ in range(batches):
-        if is_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        if is_cuda:
-            torch.cuda.synchronize()
-        found.append((time.perf_counter() - start) / calls * 1e6)
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(batches):
+            if is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            if is_cuda:
+                torch.cuda.synchronize()
+            found.append((time.perf_counter() - start) / calls * 1e6)
+    finally:
+        if collects:
+            gc.enable()
     return float(np.median(found))
 
 
