@@ -63,7 +63,7 @@ class EmulatedDevice:
         self.machine = Machine(1 << 23, seed)
         self.capability, self.sm_count = capability, sm_count
         self.has_chaining = capability[0] >= 9
-        self.smem_limit = smem_limit(capability)
+        self.smem_limit, self.l2_bytes = smem_limit(capability), 50 << 20
         self.launched: list[str] = []
         self.latest: dict[int, Any] = {}
         self.transposes: dict[Any, Any] = {}

@@ -11,7 +11,7 @@ from .memo import FewColumnsMemo
 from .operands import ALIGNED, HAS_RESIDUAL, is_row_major
 from .skinny_config import stores_directly, takes_tokens
 from .skinny_plan import SkinnyRoad, launch_skinny, skinny_plan, turn_of_out, turn_of_x
-from .spmm_plan import Plan, copy_spec, plan_for, transpose_launch
+from .spmm_plan import Plan, copy_spec, plan_for, tokens_at_once, transpose_launch
 from .transpose_config import transpose_flags
 from .views import DeviceView, current_stream, device_view, new_matrix
 
@@ -154,9 +154,24 @@ def run(call: Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res
     return keep_x, ldx
 
 
-def run_linear(call: Call, x: Any, out_at: Any, bias: tuple[int, int], res: Any, activation: str | None,
+def run_linear(call: Call, x: Any, out: Any, bias: tuple[int, int], res: Any, activation: str | None,
                config: Config | None) -> None:  # fmt: skip
-    """The token-major product between checked operands; what is not feature-major is transposed before and after."""
+    """The token-major product between checked operands, in parts of the tokens where that is faster.
+
+    Operands are (address, tokens, features, token stride, feature stride).
+    """
+    n = x[1]
+    are_turned = all(o[4] == 1 and o[3] != 1 and o[2] > 1 for o in (x, out))
+    step = tokens_at_once(call.packed, call.context, n) if are_turned and config is None else n
+    for start in range(0, n, max(1, step)):
+        count = min(step, n - start)
+        parts = [None if o is None else (o[0] + 2 * start * o[3], count, *o[2:]) for o in (x, out, res)]
+        _run_part(call, parts[0], parts[1], bias, parts[2], activation, config)
+
+
+def _run_part(call: Call, x: Any, out_at: Any, bias: tuple[int, int], res: Any, activation: str | None,
+              config: Config | None) -> None:  # fmt: skip
+    """As `run_linear`, at once; what is not feature-major is transposed before and after."""
     m, k = call.packed.shape
     address, n, _, token_stride, feature_stride = x
     keep = []

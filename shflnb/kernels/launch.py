@@ -146,6 +146,7 @@ class DeviceContext:
         self.capability = (int(capability[0]), int(capability[1]))
         self.sm_count = int(self.device.properties.multiprocessor_count)
         self.smem_limit = smem_limit(self.capability)
+        self.l2_bytes = int(self.device.properties.l2_cache_size)
         self.has_chaining = self.capability[0] >= 9
         """Whether a kernel may be launched before the one ahead of it is done, and wait for it by itself."""
         self.latest: dict[int, Any] = {}

@@ -17,7 +17,7 @@ from .skinny_plan import SkinnyRoad, launch_skinny
 from .transpose_config import transpose_flags
 from .views import torch_stream
 
-__all__ = ["FewColumnsMemo", "LinearMemo", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul",
+__all__ = ["FewColumnsMemo", "LinearMemo", "LinearPart", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul",
            "quick_transpose"]  # fmt: skip
 
 
@@ -36,23 +36,31 @@ class MatmulMemo:
 
 
 @dataclass(frozen=True)
-class LinearMemo:
-    """A token-major product: transpose, product, transpose."""
+class LinearPart:
+    """Some of the tokens of a token-major product."""
 
-    context: DeviceContext
-    turn: LoadedKernel
+    start: int
+    n: int
+    ld: int
     turn_in: Any
     turn_out: Any
+    in_at_once: int
+    out_at_once: int
     kernel: LoadedKernel
     launch_config: Any
     head: tuple[int, ...]
-    n: int
-    ld: int
+
+
+@dataclass(frozen=True)
+class LinearMemo:
+    """A token-major product: transpose, product, transpose, for each part; the first part is the largest."""
+
+    context: DeviceContext
+    turn: LoadedKernel
+    parts: tuple[LinearPart, ...]
     k: int
     m: int
     token_stride: int
-    in_at_once: int
-    out_at_once: int
     turn_in_flags: int
     turn_out_flags: int
     out_shape: tuple[int, ...]
@@ -113,20 +121,20 @@ def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None
         return None
     if isinstance(memo, FewColumnsMemo):
         return _quick_few(memo, x, address, bias)
-    launch, stream = memo.context.launch, torch_stream(memo.context.ordinal)
-    turned = x.new_empty((memo.k, memo.ld))
-    product = x.new_empty((memo.m, memo.ld))
+    launch, stream, k, m = memo.context.launch, torch_stream(memo.context.ordinal), memo.k, memo.m
+    turned = x.new_empty((k, memo.parts[0].ld))
+    product = x.new_empty((m, memo.parts[0].ld))
     out = x.new_empty(memo.out_shape)
-    turned_at, product_at = turned.data_ptr(), product.data_ptr()
-    launch(stream, memo.turn_in, memo.turn, address, memo.token_stride, turned_at, memo.ld, memo.n, memo.k,
-           memo.in_at_once, memo.turn_in_flags)  # fmt: skip
-    launch(
-        stream, memo.launch_config, memo.kernel, *memo.head, turned_at, product_at,
-        0 if bias is None else bias.data_ptr(), 0,
-        memo.n, memo.ld, memo.ld, 0, memo.flags,
-    )  # fmt: skip
-    launch(stream, memo.turn_out, memo.turn, product_at, memo.ld, out.data_ptr(), memo.m, memo.m, memo.n,
-           memo.out_at_once, memo.turn_out_flags)  # fmt: skip
+    turned_at, product_at, out_at = turned.data_ptr(), product.data_ptr(), out.data_ptr()
+    bias_at = 0 if bias is None else bias.data_ptr()
+    for part in memo.parts:
+        n, ld = part.n, part.ld
+        launch(stream, part.turn_in, memo.turn, address + 2 * part.start * memo.token_stride, memo.token_stride,
+               turned_at, ld, n, k, part.in_at_once, memo.turn_in_flags)  # fmt: skip
+        launch(stream, part.launch_config, part.kernel, *part.head, turned_at, product_at, bias_at, 0, n, ld, ld, 0,
+               memo.flags)  # fmt: skip
+        launch(stream, part.turn_out, memo.turn, product_at, ld, out_at + 2 * part.start * m, m, m, n,
+               part.out_at_once, memo.turn_out_flags)  # fmt: skip
     return out
 
 

@@ -18,7 +18,7 @@ from ..errors import ArgumentError, DtypeError, ShapeError
 from ..formats.shflbw import ShflBWMatrix
 from .config import Config, ceil_div
 from .device_call import Call, run, run_few, run_linear
-from .memo import LinearMemo, MatmulMemo, memo_key, quick_linear, quick_matmul, quick_transpose
+from .memo import LinearMemo, LinearPart, MatmulMemo, memo_key, quick_linear, quick_matmul, quick_transpose
 from .operands import (
     ALIGNED,
     check_activation,
@@ -33,7 +33,7 @@ from .operands import (
     turned,
 )
 from .select import has_few_columns
-from .spmm_plan import keep, transpose_launch
+from .spmm_plan import keep, tokens_at_once, transpose_launch
 from .transpose_config import transpose_flags
 from .views import device_view, new_matrix
 
@@ -117,9 +117,9 @@ def device_linear(
 ) -> Any:
     """activation(x @ W.T + bias) + residual, (..., k) -> (..., m).
 
-    Token-major x is turned by a transpose kernel (a workspace of tokens * k values), and so is a token-major result;
-    x whose tokens are contiguous (strides (1, tokens)) is used as it is. `layout="feature"` returns a view with strides
-    (1, tokens).
+    Token-major x is turned by a transpose kernel (a workspace of tokens * k values), and so is a token-major result; in
+    parts of the tokens, with workspaces of a part, where x is larger than L2 (`select.linear_tokens`). x whose tokens
+    are contiguous (strides (1, tokens)) is used as it is. `layout="feature"` returns a view with strides (1, tokens).
     """
     if layout not in ("token", "feature"):
         raise ArgumentError(f"layout is {layout!r}; expected 'token' or 'feature'")
@@ -193,12 +193,17 @@ def _linear_memo(
 ) -> LinearMemo:
     """The memo of a token-major product on a contiguous, aligned x."""
     m, k = call.packed.shape
-    turn, turn_in, in_at_once = transpose_launch(call.context, call.stream_handle, n, k)
-    turn, turn_out, out_at_once = transpose_launch(call.context, call.stream_handle, m, n)
-    plan = call.plan(n, activation, bias, (0, 0), None)
+    step = tokens_at_once(call.packed, call.context, n)
+    parts = []
+    for start in range(0, n, step):
+        count = min(step, n - start)
+        turn, turn_in, in_at_once = transpose_launch(call.context, call.stream_handle, count, k)
+        turn, turn_out, out_at_once = transpose_launch(call.context, call.stream_handle, m, count)
+        plan = call.plan(count, activation, bias, (0, 0), None)
+        parts.append(LinearPart(start, count, ceil_div(count, 8) * 8, turn_in, turn_out, in_at_once, out_at_once,
+                                plan.kernel, plan.launch_config, plan.head))  # fmt: skip
     return LinearMemo(
-        call.context, turn, turn_in, turn_out, plan.kernel, plan.launch_config, plan.head,
-        n=n, ld=ceil_div(n, 8) * 8, k=k, m=m, token_stride=k, in_at_once=in_at_once, out_at_once=out_at_once,
+        call.context, turn, tuple(parts), k=k, m=m, token_stride=k,
         turn_in_flags=transpose_flags(k % 8 == 0, True, is_padded=True),
         turn_out_flags=transpose_flags(True, m % 8 == 0, is_result=True), out_shape=out_shape,
         flags=bias[1] | ALIGNED,

@@ -17,11 +17,11 @@ from .config import Config, Problem, ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
 from .remembered import load as remembered_entries
-from .select import Choice, choose, sweep_of
+from .select import Choice, choose, linear_tokens, sweep_of
 from .transpose_config import COPY_THREADS, TRANSPOSE_THREADS, transpose_grid, transpose_smem
 
 __all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "keep", "kernel_spec", "plan_for",
-           "problem_of", "transpose_launch", "transpose_spec"]  # fmt: skip
+           "problem_of", "tokens_at_once", "transpose_launch", "transpose_spec"]  # fmt: skip
 
 PLANS_KEPT = 1024  # launch records a packed matrix keeps; a model whose batch changes at every call stays bounded
 NO_ROW = np.uint32(0xFFFFFFFF)
@@ -116,6 +116,11 @@ def problem_of(packed: ShflBWMatrix, n: int, epilogue: str = "plain") -> Problem
     lengths = np.diff(packed.indptr)
     return Problem(m, k, n, packed.block[0], packed.dtype, int(packed.indptr[-1]), int(lengths.max(initial=0)),
                    epilogue)  # fmt: skip
+
+
+def tokens_at_once(packed: ShflBWMatrix, context: DeviceContext, n: int) -> int:
+    """Tokens of a token-major product that are turned, multiplied and turned back at a time."""
+    return linear_tokens(problem_of(packed, n), context.capability, context.sm_count, context.l2_bytes)
 
 
 def _kernel_arrays(layout: KernelLayout, packed: ShflBWMatrix) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:

@@ -16,8 +16,9 @@ pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)"
 from emulated import EmulatedArray, EmulatedDevice, EmulatedKernel, install, turned
 from gpu_cases import DTYPES, random_packed
 
-from shflnb.kernels import device_call, skinny_plan
+from shflnb.kernels import device_call, memo, select, skinny_plan, spmm_device
 from shflnb.kernels.config import Config
+from shflnb.kernels.memo import quick_linear
 from shflnb.kernels.select import candidates
 from shflnb.kernels.skinny_config import config_of as few_config
 from shflnb.kernels.spmm_device import device_linear, device_matmul
@@ -27,9 +28,10 @@ HOPPER, AMPERE = (9, 0), (8, 0)
 
 
 def config_of(kernel: str, v: int, tile_n: int, dtype: str = "float16") -> Config:
-    kind, _, way = kernel.partition(" ")
+    """A candidate; "alternate": consumers take tiles in turns, "all": all producer warps stitch one stage."""
+    kind, *ways = kernel.split()
     known = (c for c in candidates(v, dtype, HOPPER) if c.kernel == kind and c.tile_n == tile_n)
-    return next(c for c in known if c.alternate == (way == "alternate"))
+    return next(c for c in known if c.alternate == ("alternate" in ways) and ("all" not in ways or c.team == 4))
 
 
 def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -53,6 +55,7 @@ STITCHED = [
     ("sm90 alternate", 64, 256, "float16"), ("sm90 alternate", 32, 256, "bfloat16"),
     ("sm90 alternate", 16, 256, "float16"), ("sm90 alternate", 64, 128, "bfloat16"),
     ("sm90 alternate", 64, 64, "float16"), ("sm90", 32, 512, "bfloat16"),
+    ("sm90 all", 128, 64, "bfloat16"), ("sm90 alternate all", 64, 128, "float16"),
 ]  # fmt: skip
 
 
@@ -162,6 +165,70 @@ def test_groups_outnumber_clusters(
     assert any("_tokens_" in name for name in device.launched) == token_major
     assert device.machine.memory.unwritten_reads == 0
     assert (y.T.astype(np.float64) == product(packed, x.T)).all()
+
+
+def in_parts(monkeypatch: pytest.MonkeyPatch, seed: int, capability: tuple[int, int] = HOPPER) -> EmulatedDevice:
+    """A device whose L2 has room for 256 tokens of 70 features."""
+    device = install(monkeypatch, EmulatedDevice(seed, capability=capability))
+    device.l2_bytes = 60_000
+    monkeypatch.setattr(select, "TURNED_TOKENS", 256)
+    monkeypatch.setattr(select, "TILES_AN_SM", 1.0)
+    return device
+
+
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE])
+def test_linear_in_parts_of_the_tokens(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three parts, the last one cut; rows that lie further apart; bias, activation and residual. On Hopper only."""
+    device = in_parts(monkeypatch, 8, capability)
+    rng = np.random.default_rng(8)
+    packed = random_packed(67, 70, 32, seed=8)
+    x, residual, bias = (floats(rng, shape, "float16") for shape in ((600, 70), (600, 67), (67,)))
+    out = device.empty(600, 67, "float16", pitch=80)
+    y = device_linear(device.array(x, pitch=77, shift=3), packed, device.array(bias), activation="relu",
+                      residual=device.array(residual, pitch=70), out=out)  # fmt: skip
+    verdict = judge(device.read(y).T, packed, x.T, bias, "relu", residual.T)
+    assert verdict.holds, verdict
+    assert sum("sm90" in name or "sm80" in name for name in device.launched) == (3 if capability == HOPPER else 1)
+    device.launched.clear()
+    feature_major = device.empty(67, 600, "float16")
+    device_linear(device.array(x), packed, out=turned(feature_major))
+    assert sum("sm90" in name or "sm80" in name for name in device.launched) == 1, "a result that is not turned back"
+
+
+class PlayedTensor:
+    """What the short road asks of a torch tensor, over emulated memory."""
+
+    def __init__(self, device: EmulatedDevice, view: EmulatedArray) -> None:
+        self.device, self.view, self.dtype, self.shape = device, view, view.dtype, view.shape
+
+    def data_ptr(self) -> int:
+        return self.view.address
+
+    def stride(self) -> tuple[int, ...]:
+        return self.view.strides
+
+    def get_device(self) -> int:
+        return 0
+
+    def new_empty(self, shape: tuple[int, ...]) -> PlayedTensor:
+        return PlayedTensor(self.device, self.device.empty(*shape, self.dtype))
+
+
+@pytest.mark.parametrize("m", [72, 67])
+def test_the_short_road_takes_the_same_parts(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = in_parts(monkeypatch, 9)
+    monkeypatch.setattr(memo, "torch_stream", lambda ordinal: 0)
+    packed = random_packed(m, 72, 32, seed=9, integers=True)
+    values = integers(np.random.default_rng(9), (600, 72), "float16")
+    x = PlayedTensor(device, device.array(values))
+    call = device_call.Call(packed, x.view, x.view)
+    assert quick_linear(packed, x, None, None) is None
+    made = spmm_device._linear_memo(call, 600, (600, m), (0, 0), None)
+    assert [(part.start, part.n) for part in made.parts] == [(0, 256), (256, 256), (512, 88)]
+    packed.launch_cache[memo.memo_key("linear", x, None, None)] = made
+    y = device.read(quick_linear(packed, x, None, None).view)
+    assert (y.T.astype(np.float64) == product(packed, values.T)).all()
+    assert len(device.launched) == 9 and device.machine.memory.unwritten_reads == 0
 
 
 def test_few_columns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

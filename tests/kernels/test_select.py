@@ -14,7 +14,17 @@ import pytest
 
 from shflnb.kernels import remembered
 from shflnb.kernels.config import Config, Problem
-from shflnb.kernels.select import Choice, candidates, choose, predict_us, roof_us, sweep_of, table_key, tuned_table
+from shflnb.kernels.select import (
+    Choice,
+    candidates,
+    choose,
+    linear_tokens,
+    predict_us,
+    roof_us,
+    sweep_of,
+    table_key,
+    tuned_table,
+)
 
 H200 = ((9, 0), 132)
 
@@ -292,3 +302,35 @@ def test_processes_tune_at_once_and_lose_nothing(folder: Path) -> None:
         list(pool.map(store_many, [(str(folder), number) for number in range(4)]))
     assert len(remembered.load("gpu")) == 40
     assert {path.suffix for path in (folder / "tuned").iterdir()} <= {".json", ".lock"}
+
+
+# --- token-major products in parts -----------------------------------------------------------------------------------
+L2 = 50 << 20
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "v", "tokens"),
+    [
+        (4096, 4096, 4096, 64, 4096),  # x fits L2
+        (14336, 4096, 4096, 64, 4096),
+        (4096, 4096, 8192, 64, 4096),  # faster in two, by measurement
+        (8192, 8192, 8192, 64, 2048),
+        (4096, 14336, 4096, 64, 1024),
+        (1024, 4096, 16384, 64, 4096),
+        (1024, 8192, 16384, 64, 16384),  # parts of 2048 tokens would leave SMs without a tile
+        (4096, 32768, 4096, 64, 4096),  # not even 1024 tokens fit
+        (0, 8192, 8192, 64, 8192),
+    ],
+)
+def test_how_many_tokens_are_turned_at_a_time(m: int, k: int, n: int, v: int, tokens: int) -> None:
+    asked = problem(m=m, k=k, n=n, v=v)
+    assert linear_tokens(asked, (9, 0), 132, L2) == tokens
+    assert linear_tokens(asked, (8, 0), 132, L2) == n, "measured on Hopper only"
+
+
+def test_parts_take_every_token_once_and_start_at_whole_tiles() -> None:
+    for n in range(6000, 20000, 997):
+        for k in (4096, 6000, 12288):
+            tokens = linear_tokens(problem(m=8192, k=k, n=n), (9, 0), 132, L2)
+            assert 0 < tokens <= n and (tokens == n or tokens % 256 == 0)
+            assert tokens == n or (2 * k * tokens <= 0.9 * L2 and n > tokens)
