@@ -6,8 +6,9 @@
     compute-sanitizer --report-api-errors no --tool synccheck --error-exitcode 9 python tests/kernels/sanitize.py
 
 Run it once without the tool first: that fills the cache of compiled kernels (in several processes with --prebuild).
-With "tiles", "few" or "parts" as arguments only these: the kernels for more than 64 columns, for fewer, and several
-matrices at once. The calls as the selection takes them come without arguments only.
+With "tiles", "few", "parts" or "moves" as arguments only these: the kernels for more than 64 columns, for fewer, several
+matrices at once, and transposes. The calls as the selection takes them come without arguments only. --share=1/4 takes
+every fourth config from the first on: racecheck of all tiles takes longer than many a machine is lent for.
 torch only moves memory here; references come from NumPy, so that nearly all launches under the tool are ours.
 """
 
@@ -29,7 +30,7 @@ from shflnb.kernels import device_call, skinny_parts, skinny_plan
 from shflnb.kernels.epilogue import HAS_BIAS
 from shflnb.kernels.launch import device_context
 from shflnb.kernels.skinny_config import config_of
-from shflnb.kernels.spmm_device import device_linear, device_matmul
+from shflnb.kernels.spmm_device import device_linear, device_matmul, device_transpose
 from shflnb.reference import judge
 
 
@@ -157,16 +158,46 @@ def run_parts(config: Any, number: int) -> list[str]:
     return wrong
 
 
+def run_moves() -> list[str]:
+    """Transposes of whole and cut tiles, of more tiles than one, alone and with an addend, in place too."""
+    wrong = []
+    rng = np.random.default_rng(7)
+    for dtype in cases.DTYPE_NAMES:
+        for rows, cols in ((8, 1), (72, 203), (136, 129)):
+            kind, shapes = cases.DTYPES[dtype], ((rows, cols), (cols, rows))
+            values, others = (rng.standard_normal(shape).astype(kind) for shape in shapes)
+            src, addend = on_device(values), on_device(others)
+            sums = (values.T.astype(np.float32) + others.astype(np.float32)).astype(kind)
+            results = {
+                "x": (device_transpose(src), values.T),
+                "a result": (device_transpose(src, is_result=True), values.T),
+                "a sum": (device_transpose(src, is_result=True, addend=addend), sums),
+                "a sum in place": (device_transpose(src, is_result=True, addend=addend, out=addend), sums),
+            }
+            for name, (y, want) in results.items():
+                if not np.array_equal(host(y, dtype).view(np.int16), np.ascontiguousarray(want).view(np.int16)):
+                    wrong.append(f"transpose of {name}, {dtype}, {rows} x {cols}")
+    return wrong
+
+
+def share_of(configs: list[Any]) -> list[Any]:
+    """Of a list of configs those that --share asks for."""
+    given = next((a.removeprefix("--share=") for a in sys.argv[1:] if a.startswith("--share=")), "1/1")
+    number, of = (int(part) for part in given.split("/"))
+    return configs[number - 1 :: of]
+
+
 def main() -> int:
     asked = [argument for argument in sys.argv[1:] if not argument.startswith("-")] or [
         "tiles",
         "few",
         "parts",
+        "moves",
         "calls",
     ]
-    tiles = cases.configs() + cases.configs("bfloat16") if "tiles" in asked else []
-    few = few_configs() if "few" in asked else []
-    parts = parts_configs() if "parts" in asked else []
+    tiles = share_of(cases.configs() + cases.configs("bfloat16") if "tiles" in asked else [])
+    few = share_of(few_configs() if "few" in asked else [])
+    parts = share_of(parts_configs() if "parts" in asked else [])
     epilogues = {None: "identity", "gelu": "gelu", "relu": "relu", "silu": "silu"}
     if "--prebuild" in sys.argv:
         finished = [c.with_epilogue(epilogues[("gelu", "relu", "silu", None)[i % 4]]) for i, c in enumerate(tiles)]
@@ -174,8 +205,8 @@ def main() -> int:
     wrong = [text for number, config in enumerate(tiles) for text in run_config(config, number)]
     wrong += [text for number, config in enumerate(few) for text in run_few(config, number)]
     wrong += [text for number, config in enumerate(parts) for text in run_parts(config, number)]
-    if "calls" in asked:
-        wrong += run_calls()
+    wrong += run_moves() if "moves" in asked else []
+    wrong += run_calls() if "calls" in asked else []
     torch.cuda.synchronize()
     print("\n".join(wrong) or f"all products of {len(tiles) + len(few) + len(parts)} configs are right ({asked})")
     return int(bool(wrong))
