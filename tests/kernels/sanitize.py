@@ -6,7 +6,7 @@
     compute-sanitizer --report-api-errors no --tool synccheck --error-exitcode 9 python tests/kernels/sanitize.py
 
 Run it once without the tool first: that fills the cache of compiled kernels (in several processes with --prebuild).
-With "tiles", "few", "parts" or "moves" as arguments only these: kernels for more than 64 columns, for fewer, for several
+With "tiles", "few", "parts" or "moves" as arguments only these: kernels for more than 64 columns, fewer, and several
 matrices at once, and transposes. The calls as the selection takes them come without arguments only. --share=1/4 takes
 every fourth config from the first on: racecheck of all tiles takes longer than many a machine is lent for.
 torch only moves memory here; references come from NumPy, so that nearly all launches under the tool are ours.
