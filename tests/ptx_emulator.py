@@ -501,7 +501,8 @@ class Machine:
              cluster: int) -> None:  # fmt: skip
         self.args = [int(a) & ((1 << 64) - 1) for a in args]
         if len(self.args) != len(program.params):
-            raise PtxError(f"{program.name} takes {len(program.params)} arguments, not {len(self.args)}")
+            # the caller's mistake, not the kernel's: a test that waits for a PtxError must not take it for one
+            raise TypeError(f"{program.name} takes {len(program.params)} arguments, not {len(self.args)}")
         wide, high = (grid, 1) if isinstance(grid, int) else grid
         warps, bulk = [], self.bulk = [], []
         group = Cluster()

@@ -242,3 +242,9 @@ def test_a_spoiled_cluster_is_noticed(what: str, team: tuple[str, list[np.ndarra
         except PtxError:
             noticed += 1
     assert (noticed > 0) == (what != "nothing")
+
+
+def test_a_wrong_number_of_arguments_is_the_callers_mistake(team: tuple[str, list[np.ndarray], np.ndarray]) -> None:
+    """And no `PtxError`, which the tests of spoiled kernels take for a fault that was noticed."""
+    with pytest.raises(TypeError, match="takes 17 arguments, not 16"):
+        Machine(1 << 16, 0).run(Program(team[0]), grid=4, threads=288, smem=80_000, cluster=4, args=[0] * 16)
