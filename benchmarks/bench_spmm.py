@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from cases import LOADS, SPARSITIES, Case, Shape, V, all_shapes, bar_of, table_cases
 from matrices import dense_of, random_packed, random_tensor
-from protocol import ROUNDS, Timing, check, device_clock, eager_us, feed, measure, rotations
+from protocol import ROUNDS, STEADY_S, Timing, check, device_clock, eager_us, feed, measure, rotations
 from records import RESULTS, Budget, Results, machine, prebuild, results_name, write_machine
 
 import shflnb
@@ -204,7 +204,7 @@ def time_load(
 ) -> str:
     """Time checked products under one load and write their rows; a line about them."""
     shape, device = checked[0][0].shape, str(x.device)
-    timings = measure(subjects, device, load=load, rounds=rounds)
+    timings = measure(subjects, device, load=load, rounds=rounds, warm_s=STEADY_S)
     best = min((n for n in timings if n.startswith("dense ")), key=lambda n: timings[n].median_us)
     for name in (n for n in timings if n.startswith("dense ")):
         tflops = shape.flops / timings[name].median_us / 1e6
@@ -420,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out = given.out or RESULTS
     chosen = "full" if given.full else "quick"
     try:
-        return run(chosen, given.device, given.out, given.budget_s or {"quick": 85.0, "full": 300.0}[chosen])
+        return run(chosen, given.device, given.out, given.budget_s or {"quick": 85.0, "full": 400.0}[chosen])
     finally:  # whatever was measured before a failure is worth its verdict
         judge(given.out / f"{results_name(given.device)}.spmm.csv")
 

@@ -31,6 +31,7 @@ import torch
 __all__ = [
     "ERROR_LIMIT",
     "ROUNDS",
+    "STEADY_S",
     "Timing",
     "check",
     "device_clock",
@@ -47,6 +48,9 @@ ROUNDS = 15
 SAMPLE_US = 2000.0  # a replay begins 5 to 10 us after its event: with few launches that time would count as theirs
 """Device time of one sample: enough launches that the resolution of the events (0.5 us) stays below 0.1 %."""
 BURST_SAMPLE_US, BURST_PAUSE_S = 500.0, 0.01
+STEADY_S = 0.4
+"""Seconds of running after which the clock has found its place under the power limit: samples before that depend on what
+ran before (two runs of the tables differed by up to 5 %, with 0.03 s)."""
 HOST_PAUSE_S = 0.08
 ERROR_LIMIT = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-12}
 """Largest ||out - reference|| / ||reference||: the rounding of the result, doubled and more."""
