@@ -49,8 +49,8 @@ SAMPLE_US = 2000.0  # a replay begins 5 to 10 us after its event: with few launc
 """Device time of one sample: enough launches that the resolution of the events (0.5 us) stays below 0.1 %."""
 BURST_SAMPLE_US, BURST_PAUSE_S = 500.0, 0.01
 STEADY_S = 0.4
-"""Seconds of running after which the clock has found its place under the power limit: samples before that depend on what
-ran before (two runs of the tables differed by up to 5 %, with 0.03 s)."""
+"""Seconds of running after which the clock has found its place under the power limit; samples before that depend on
+what ran before (with 0.03 s two runs of the tables differed by up to 5 %)."""
 HOST_PAUSE_S = 0.08
 ERROR_LIMIT = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-12}
 """Largest ||out - reference|| / ||reference||: the rounding of the result, doubled and more."""
