@@ -247,7 +247,9 @@ class ShflLinear(nn.Module):
             elif shared is not None:
                 layout = ("feature" if is_feature_major(x) else "token") if layout == "same" else layout
                 x = shared.feature_major(x)
-        if self.joins_sum and layout == "token" and self._may_wait_for_a_sum(x):
+        # While tracing the number of tokens is not looked at: it would become a condition of the traced program.
+        is_term = self.joins_sum and layout == "token" and not torch.compiler.is_compiling()
+        if is_term and self._may_wait_for_a_sum(x):
             return as_term(plain_linear(
                 x, self.values, self.indices, self.indptr, self.row_perm, self.bias, self.in_features, self.block[1],
                 activation, True,

@@ -199,6 +199,28 @@ def test_modes_and_compilers_see_no_term(additions: list[torch.Size]) -> None:
     assert torch.equal(both(h, x), want) and len(additions) == 1
 
 
+def test_an_exported_program_takes_any_number_of_tokens(
+    additions: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules_file, "LEAST_VALUES", 65 * 48)
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = summing()
+
+        def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return h + self.layer(x)
+
+    model, tokens = Sum(), torch.export.Dim("tokens", min=2, max=4096)
+    x, h = torch.randn(70, 32).to(HALF), torch.randn(70, 48).to(HALF)
+    program = torch.export.export(model, (h, x), dynamic_shapes=({0: tokens}, {0: tokens})).module()
+    for n in (2, 70, 300):
+        x, h = torch.randn(n, 32).to(HALF), torch.randn(n, 48).to(HALF)
+        assert torch.equal(program(h, x), model(h, x))
+    assert len(additions) == 2, "those of the eager model"
+
+
 def test_a_term_from_its_tensor(additions: list[torch.Size]) -> None:
     y = torch.arange(6.0).view(2, 3).t()
     term = as_term(y)
