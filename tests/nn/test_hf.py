@@ -14,6 +14,7 @@ from torch import nn
 from shflnb.errors import FormatError
 from shflnb.nn import ShflLinear, sparsify_
 from shflnb.nn.hf import layer_records, restore_layers
+from shflnb.nn.observe import observe
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (not installed)")
 
@@ -54,6 +55,17 @@ def test_which_layers_become_sparse(make: Callable[[], Any], fixed_times: Callab
     assert mlp.layout.startswith("token -> feature") and mlp.fused == ("gelu" if make is bert else "silu")
     query = next(row.name for row in report.sparse if row.name.endswith(("query", "q_proj")))
     assert model.get_submodule(query).shared.readers == 3
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_residual_sums_are_seen(make: Callable[[], Any]) -> None:
+    """Of attention and of the MLP, through dropout, in every layer; they are planned where results have to be turned."""
+    model = make()
+    linears = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    summed = {name.partition(".layer.")[2] or name.partition(".layers.")[2]
+              for name in observe(model, {"input_ids": IDS}, linears).summed}  # fmt: skip
+    ends = ("attention.output.dense", "output.dense") if make is bert else ("self_attn.o_proj", "mlp.down_proj")
+    assert summed == {f"{layer}.{end}" for layer in range(2) for end in ends}
 
 
 @pytest.mark.parametrize("make", [bert, llama])
