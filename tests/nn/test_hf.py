@@ -59,7 +59,7 @@ def test_which_layers_become_sparse(make: Callable[[], Any], fixed_times: Callab
 
 @pytest.mark.parametrize("make", [bert, llama])
 def test_residual_sums_are_seen(make: Callable[[], Any]) -> None:
-    """Of attention and of the MLP, through dropout, in every layer; they are planned where results have to be turned."""
+    """Of attention and of the MLP, through dropout, in every layer; planned where results have to be turned."""
     model = make()
     linears = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     summed = {name.partition(".layer.")[2] or name.partition(".layers.")[2]
