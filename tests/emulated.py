@@ -73,7 +73,14 @@ class EmulatedDevice:
             cuMemcpyHtoD=lambda to, source, count: self._fill(ok, to, source, count),
             cuStreamSynchronize=lambda stream: (ok,), cuStreamIsCapturing=lambda stream: (ok, 0),
             CUstream=lambda handle: handle, CU_STREAM_LEGACY=1,
+            CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"),
+            cuThreadExchangeStreamCaptureMode=lambda mode: (ok, self._exchange(mode)),
         )  # fmt: skip
+        self.capture_mode = "global"
+
+    def _exchange(self, mode: str) -> str:
+        before, self.capture_mode = self.capture_mode, mode
+        return before
 
     def _fill(self, ok: Any, to: int, source: int, count: int) -> tuple[Any]:
         raw = np.frombuffer((ctypes.c_uint8 * count).from_address(source), np.uint8)

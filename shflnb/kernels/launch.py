@@ -92,27 +92,43 @@ class DeviceMemory:
             offsets.append(total)
             total += -(-a.nbytes // 256) * 256
         driver = context.driver
-        error, pointer = driver.cuMemAlloc(max(total, 256))
-        if int(error):
-            raise DeviceError(
-                f"{total / 2**20:.0f} MiB for a packed matrix could not be allocated on {context.name} ({error.name})"
-            )
-        self._free, self._pointer = driver.cuMemFree, pointer
-        self.nbytes = total
-        self.addresses = [int(pointer) + o for o in offsets]
-        for a, address in zip(arrays, self.addresses, strict=True):
-            if a.nbytes:
-                _check(
-                    driver.cuMemcpyHtoD(address, np.ascontiguousarray(a).ctypes.data, a.nbytes), "copy to the device"
+        self._relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._exchange = driver.cuThreadExchangeStreamCaptureMode
+        # memory of ours is nothing that a graph captured meanwhile, on another stream or thread, could depend on; said
+        # aloud, or having it and giving it back spoils that capture
+        _, before = self._exchange(self._relaxed)
+        try:
+            error, pointer = driver.cuMemAlloc(max(total, 256))
+            if int(error):
+                raise DeviceError(
+                    f"{total / 2**20:.0f} MiB for a packed matrix could not be allocated on {context.name} "
+                    f"({error.name})"
                 )
-        # a copy from pageable memory may still be on its way when the call returns, and kernels on other streams
-        # do not wait for it
-        _check(driver.cuStreamSynchronize(driver.CUstream(driver.CU_STREAM_LEGACY)), "copy to the device")
+            self._free, self._pointer = driver.cuMemFree, pointer
+            self.nbytes = total
+            self.addresses = [int(pointer) + o for o in offsets]
+            for a, address in zip(arrays, self.addresses, strict=True):
+                if a.nbytes:
+                    _check(
+                        driver.cuMemcpyHtoD(address, np.ascontiguousarray(a).ctypes.data, a.nbytes),
+                        "copy to the device",
+                    )
+            # a copy from pageable memory may still be on its way when the call returns, and kernels on other streams
+            # do not wait for it
+            _check(driver.cuStreamSynchronize(driver.CUstream(driver.CU_STREAM_LEGACY)), "copy to the device")
+        finally:
+            self._return_to(before)
+
+    def _return_to(self, mode: Any) -> None:
+        if mode is not None:  # as after a refusal of the driver
+            self._exchange(mode)
 
     def __del__(self) -> None:
         pointer, self._pointer = getattr(self, "_pointer", None), None
         if pointer is not None:
+            _, before = self._exchange(self._relaxed)
             self._free(pointer)  # at interpreter exit the driver may already refuse; there is nothing left to free then
+            self._return_to(before)
 
 
 def _check(result: Any, what: str) -> Any:

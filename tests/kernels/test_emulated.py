@@ -16,8 +16,10 @@ pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)"
 from emulated import EmulatedArray, EmulatedDevice, EmulatedKernel, install, turned
 from gpu_cases import DTYPES, random_packed
 
+from shflnb.errors import DeviceError
 from shflnb.kernels import device_call, memo, select, skinny_plan, spmm_device
 from shflnb.kernels.config import Config
+from shflnb.kernels.launch import DeviceMemory
 from shflnb.kernels.memo import quick_linear
 from shflnb.kernels.select import candidates
 from shflnb.kernels.skinny_config import config_of as few_config
@@ -275,6 +277,27 @@ def test_few_columns_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
                       residual=device.array(residual))  # fmt: skip
     verdict = judge(device.read(y), packed, x, bias, "silu", residual)
     assert verdict.holds, verdict
+
+
+def test_device_memory_disturbs_no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is had and given back in the relaxed mode, whatever happens, and the thread is left in the mode it was in."""
+    device, seen = EmulatedDevice(0), []
+    for call in ("cuMemAlloc", "cuMemcpyHtoD", "cuStreamSynchronize", "cuMemFree"):
+        done = getattr(device.driver, call)
+        watched = lambda *args, call=call, done=done: (seen.append((call, device.capture_mode)), done(*args))[1]  # noqa: E731
+        setattr(device.driver, call, watched)
+    memory = DeviceMemory(device, [np.arange(5), np.zeros(0)])  # type: ignore[arg-type]
+    assert device.capture_mode == "global" and [call for call, _ in seen] == [
+        "cuMemAlloc", "cuMemcpyHtoD", "cuStreamSynchronize"
+    ]  # fmt: skip
+    del memory
+    assert seen[-1][0] == "cuMemFree" and {mode for _, mode in seen} == {"relaxed"}
+    assert device.capture_mode == "global"
+    full = type("Full", (), {"__int__": lambda self: 2, "name": "CUDA_ERROR_OUT_OF_MEMORY"})()
+    device.driver.cuMemAlloc = lambda count: (full, None)
+    with pytest.raises(DeviceError, match="could not be allocated"):
+        DeviceMemory(device, [np.arange(5)])  # type: ignore[arg-type]
+    assert device.capture_mode == "global"
 
 
 def test_results_outside_an_array_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

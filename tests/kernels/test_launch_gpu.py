@@ -18,7 +18,7 @@ from gpu_cases import Verdicts, dense_of, expected, random_packed
 
 import shflnb
 from shflnb.errors import ArgumentError, CaptureError, DeviceError, DtypeError, ShapeError
-from shflnb.kernels.launch import device_context
+from shflnb.kernels.launch import DeviceMemory, device_context
 from shflnb.kernels.spmm_plan import kernel_spec, plan_for, transpose_spec
 
 pytestmark = pytest.mark.gpu
@@ -153,6 +153,20 @@ def test_a_cold_call_under_capture_is_refused(cold: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, z)
+
+
+def test_memory_comes_and_goes_during_a_capture() -> None:
+    """Of matrices that have nothing to do with the graph; in the mode that forbids it to every thread."""
+    context, x = device_context(0), torch.ones(4, device="cuda")
+    old = DeviceMemory(context, [np.arange(1 << 20)])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="global"):
+        y = x * 2
+        del old
+        new = DeviceMemory(context, [np.arange(1 << 20)])
+        y = y + 1
+    graph.replay()
+    assert y.tolist() == [3.0] * 4 and new.nbytes == 8 << 20
 
 
 def test_a_captured_product_outlives_many_other_calls() -> None:
