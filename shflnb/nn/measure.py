@@ -202,14 +202,21 @@ def dense_call(
     x = _input(n, weight.shape[1], weight, dtype)
     copies = _copies(n, weight.numel() * weight.element_size(), weight.device)
     weights = [weight, *(weight.clone() for _ in range(copies - 1))]
-    residual = _input(n, weight.shape[0], weight, dtype) if summed else None
 
     def call(w: torch.Tensor) -> Callable[[], Any]:
-        if residual is not None:
-            return lambda: residual + activate(F.linear(x, w, bias), activation)
         return lambda: activate(F.linear(x, w, bias), activation)
 
-    return [call(w) for w in weights]
+    calls = [call(w) for w in weights]
+    return _with_sum(calls, _input(n, weight.shape[0], weight, dtype)) if summed else calls
+
+
+def _with_sum(calls: Sequence[Callable[[], Any]], residual: torch.Tensor) -> list[Callable[[], Any]]:
+    """The calls, and the sum that their results go into."""
+
+    def summed(call: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: residual + call()
+
+    return [summed(call) for call in calls]
 
 
 def sparse_call(
@@ -233,12 +240,12 @@ def sparse_call(
         twin.layout, twin.shared, twin.joins_sum = layout, None, summed
         twin.set_activation(activation)
         layers.append(twin)
-    residual = _input(n, layer.out_features, layer.values, dtype) if summed else None
 
     def call(one: nn.Module) -> Callable[[], Any]:
-        return (lambda: one(x)) if residual is None else (lambda: residual + one(x))
+        return lambda: one(x)
 
-    return [call(one) for one in layers]
+    calls = [call(one) for one in layers]
+    return _with_sum(calls, _input(n, layer.out_features, layer.values, dtype)) if summed else calls
 
 
 def _detached(layer: ShflLinear) -> ShflLinear:

@@ -17,7 +17,17 @@ from ..formats.shflbw import check_block
 from ..patterns import prune
 from .joint import JointProducts, few_layout
 from .layout import is_feature_major, to_feature_major
-from .op import ACTIVATIONS, FEW_TOKENS, activate, dense_weight, is_plain_call, packed_linear, plain_linear, turned
+from .op import (
+    ACTIVATIONS,
+    FEW_TOKENS,
+    activate,
+    dense_weight,
+    feature_view,
+    is_plain_call,
+    packed_linear,
+    plain_linear,
+    turned,
+)
 from .sums import LEAST_VALUES, as_term
 
 __all__ = ["SharedInput", "ShflLinear"]
@@ -405,7 +415,7 @@ class SharedInput:
             source, _, copy, uses = entry
             self._entry = None if uses + 1 >= self.readers else (source, stamp, copy, uses + 1)
             return copy
-        copy = turned(x.reshape(tokens, x.shape[-1])).view(x.shape[-1], *x.shape[:-1]).movedim(0, -1)
+        copy = feature_view(turned(x.reshape(tokens, x.shape[-1])), x.shape[:-1])
         self._entry = (weakref.ref(x, self._forget), stamp, copy, 1)
         return copy
 

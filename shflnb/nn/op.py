@@ -22,7 +22,7 @@ from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from .layout import is_feature_major
 from .record import launch_record
 
-__all__ = ["ACTIVATIONS", "FEW_TOKENS", "activate", "dense_weight", "dispatch_state", "feature_view", "flat_product",
+__all__ = ["ACTIVATIONS", "FEW_TOKENS", "activate", "dense_weight", "dispatch_state", "feature_view", "flat_features",
            "has_plain_keys", "is_plain_call", "packed_linear", "plain_linear", "turned"]  # fmt: skip
 
 ACTIVATIONS = ("relu", "gelu", "silu")
@@ -102,7 +102,7 @@ def packed_linear(
         raise ArgumentError(f"layout is {layout!r}; expected 'same', 'token' or 'feature'")
     args = (x, values, indices, indptr, row_perm, bias, k, tile_k, activation, feature_out)
     if is_plain_call(x, values, bias):
-        return _linear(*args)
+        return plain_linear(*args)
     return torch.ops.shflnb.linear.default(*args)
 
 
@@ -162,7 +162,7 @@ def has_plain_keys(x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor and _keys_of(x).raw_repr() in _PLAIN_KEYS
 
 
-def _linear(
+def plain_linear(
     x: torch.Tensor,
     values: torch.Tensor,
     indices: torch.Tensor,
@@ -174,7 +174,10 @@ def _linear(
     activation: str | None,
     feature_out: bool,
 ) -> torch.Tensor:
-    """The kernel's side of the operator: check, find the launch record, multiply in the layout that x has."""
+    """The kernel's side of the operator: check, find the launch record, multiply in the layout that x has.
+
+    What the dispatcher comes to; called past it where `is_plain_call` has found nothing in between.
+    """
     _check(x, values, row_perm, bias, k)
     packed = launch_record(values, indices, indptr, row_perm, k, tile_k, x.dtype)
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
@@ -183,11 +186,11 @@ def _linear(
     tokens = math.prod(lead)
     is_feature_in = is_feature_major(x)
     if x.is_cuda and tokens > FEW_TOKENS and (is_feature_in or feature_out):
-        features = x.movedim(-1, 0).reshape(k, tokens) if is_feature_in else turned(x.reshape(tokens, k))
+        features = flat_features(x) if is_feature_in else turned(x.reshape(tokens, k))
         y = ops.matmul(packed, features, bias=bias, activation=activation)
         return feature_view(y, lead) if feature_out else turned(y, is_result=True).view(*lead, m)
     # Always two dimensions, of strides (k, 1) or (1, tokens), whatever the leading dimensions are.
-    flat = x.movedim(-1, 0).reshape(k, tokens).t() if is_feature_in else x.reshape(tokens, k)
+    flat = flat_features(x).t() if is_feature_in else x.reshape(tokens, k)
     if feature_out and x.dim() > 1:
         memory = x.new_empty(m, tokens)
         if tokens:
@@ -196,19 +199,14 @@ def _linear(
     return ops.linear(flat, packed, bias, activation=activation).view(*lead, m)
 
 
-def plain_linear(*args: Any) -> torch.Tensor:
-    """`shflnb::linear` past the dispatcher, for a call that `is_plain_call` has found to be plain."""
-    return _linear(*args)
-
-
 def feature_view(y: torch.Tensor, lead: torch.Size) -> torch.Tensor:
     """A (m, tokens) product as the feature-major tensor (*lead, m)."""
     return y.t() if len(lead) == 1 else y.view(y.shape[0], *lead).movedim(0, -1)
 
 
-def flat_product(y: torch.Tensor) -> torch.Tensor:
-    """The (m, tokens) product of a feature-major tensor; its own memory."""
-    return y.t() if y.dim() == 2 else y.movedim(-1, 0).reshape(y.shape[-1], -1)
+def flat_features(x: torch.Tensor) -> torch.Tensor:
+    """A feature-major tensor (*lead, features) as the (features, tokens) matrix that it is in memory."""
+    return x.t() if x.dim() == 2 else x.movedim(-1, 0).flatten(1)
 
 
 def turned(x: torch.Tensor, *, is_result: bool = False) -> torch.Tensor:
@@ -262,8 +260,8 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], m))
 
 
-_LIB.impl("linear", _linear, "CPU")
-_LIB.impl("linear", _linear, "CUDA")
+_LIB.impl("linear", plain_linear, "CPU")
+_LIB.impl("linear", plain_linear, "CUDA")
 
 
 def _autocast(device_type: str, key: str) -> None:

@@ -1,7 +1,7 @@
 """A layer's result on its way into a residual sum: made token-major by the kernel that adds.
 
     y = layer(x)     a `SumTerm`: feature-major, as the product made it
-    h = h + y        one kernel turns y and adds h, where a transpose and then torch's addition would move a third more
+    h = h + y        one kernel turns y and adds h: it moves three matrices, a transpose and torch's addition five
 
 Where the planner has seen that all a layer's results go into a sum and nowhere else (`joins_sum`), in eager inference
 on a GPU. A `SumTerm` is a tensor with the right values from the start: whatever else is done with it finds an ordinary
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
-from .op import flat_product, has_plain_keys, turned
+from .op import flat_features, has_plain_keys, turned
 
 __all__ = ["LEAST_VALUES", "SumTerm", "as_term", "turned_sum"]
 
@@ -60,8 +60,7 @@ class SumTerm(torch.Tensor):
         """The same values as an ordinary token-major tensor; made once."""
         if not self._is_turned:
             y = self._plain
-            with torch._C.DisableTorchFunctionSubclass():
-                self._plain, self._is_turned = turned(flat_product(y), is_result=True).view(y.shape), True
+            self._plain, self._is_turned = turned(flat_features(y), is_result=True).view(y.shape), True
         return self._plain
 
 
@@ -89,6 +88,4 @@ def turned_sum(y: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`y + other` of a feature-major and a token-major tensor of 16-bit values on a GPU, token-major."""
     from ..kernels.spmm_device import device_transpose
 
-    if y.dim() == 2:
-        return device_transpose(y.t(), is_result=True, addend=other)
-    return device_transpose(flat_product(y), is_result=True, addend=other.view(-1, y.shape[-1])).view(y.shape)
+    return device_transpose(flat_features(y), is_result=True, addend=other.view(-1, y.shape[-1])).view(y.shape)
