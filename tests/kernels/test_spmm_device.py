@@ -20,7 +20,9 @@ import gpu_cases as cases
 from gpu_cases import ACTIVATION_OF, DTYPE_NAMES, Guarded, Verdicts, dense_of, equal_packed, expected, random_packed
 
 from shflnb.kernels.config import EPILOGUES, Config
+from shflnb.kernels.launch import device_context
 from shflnb.kernels.spmm_device import device_linear, device_matmul
+from shflnb.kernels.spmm_plan import tokens_at_once
 
 pytestmark = pytest.mark.gpu
 
@@ -317,6 +319,27 @@ def test_linear_takes_the_view_that_linear_returned() -> None:
     y = device_linear(hidden, second)
     seen = Verdicts()
     seen.add("chain", y.T, expected(dense_of(second), hidden.T))
+    seen.check()
+
+
+@pytest.mark.parametrize("v", [64, 128])
+def test_linear_in_parts_of_the_tokens(v: int) -> None:
+    """x larger than L2, the last part cut: the long road, the short one and a given out, against the same product."""
+    context = device_context(0)
+    m, k, n = 4090, 8192, 8187
+    packed = equal_packed(m, k, v, 192, seed=v)
+    if context.capability[0] == 9:
+        assert tokens_at_once(packed, context, n) < n
+    x, bias = normal((n, k), "float16"), normal((m,), "float16", 1)
+    seen = Verdicts()
+    want = expected(dense_of(packed), x.T, bias, "relu", None)
+    long_road, short_road = (device_linear(x, packed, bias, activation="relu") for _ in range(2))
+    seen.add(f"v{v} long road", long_road.T, want)
+    seen.add(f"v{v} short road", short_road.T, want)
+    wide = torch.full((n, m + 6), float("nan"), dtype=x.dtype, device="cuda")
+    device_linear(x, packed, bias, activation="relu", out=wide[:, :m])
+    seen.same(f"v{v} the same bits", (long_road == short_road).all())
+    seen.same(f"v{v} out of another pitch", (wide[:, :m] == long_road).all() & wide[:, m:].isnan().all())
     seen.check()
 
 
