@@ -32,6 +32,7 @@ from protocol import ERROR_LIMIT, relative_error
 from records import RESULTS, Results, machine, results_name, write_machine
 
 import shflnb
+from shflnb.nn import ShflLinear
 
 FIELDS = ("machine", "date", "what", "device", "m", "k", "n", "median_us", "p10_us", "p90_us", "calls", "error", "note")
 M, K, N, V = 256, 256, 64, 64
@@ -62,6 +63,10 @@ def subjects(device: str) -> dict[str, tuple[Callable[[], Any], torch.Tensor, bo
     x = random_tensor(K, N, dtype, device, 1)
     xt, out, bias = x.t().contiguous(), torch.empty(M, N, dtype=x.dtype, device=device), torch.zeros_like(x[:, 0])
     reference = w.float() @ x.float()
+    sparse_layer, feature_layer = (ShflLinear.from_packed(packed, device=device, requires_grad=False) for _ in range(2))
+    feature_layer.layout = "feature"
+    dense_layer = torch.nn.Linear(K, M, bias=False, device="meta")
+    dense_layer.weight = torch.nn.Parameter(w, requires_grad=False)
     found: dict[str, tuple[Callable[[], Any], torch.Tensor, bool]] = {
         "shflnb.matmul": (lambda: shflnb.matmul(packed, x), reference, False),
         "shflnb.matmul, out=": (lambda: shflnb.matmul(packed, x, out=out), reference, False),
@@ -71,6 +76,9 @@ def subjects(device: str) -> dict[str, tuple[Callable[[], Any], torch.Tensor, bo
         ),
         "shflnb.linear, token-major": (lambda: shflnb.linear(xt, packed), reference, True),
         "shflnb.linear, feature-major": (lambda: shflnb.linear(x.t(), packed, layout="feature"), reference, True),
+        "nn.ShflLinear": (lambda: sparse_layer(xt), reference, True),
+        "nn.ShflLinear, feature-major": (lambda: feature_layer(x.t()), reference, True),
+        "torch nn.Linear": (lambda: dense_layer(xt), reference, True),
         "torch.matmul": (lambda: torch.matmul(w, x), reference, False),
         "F.linear": (lambda: F.linear(xt, w), reference, True),
     }  # fmt: skip

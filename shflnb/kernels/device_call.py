@@ -98,7 +98,7 @@ def epilogue_of(activation: str | None, is_added_to: bool) -> str:
 
 
 def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residual: Any, activation: str | None,
-            out_shape: tuple[int, ...]) -> FewColumnsMemo:  # fmt: skip
+            out_shape: tuple[int, ...], out_stride: tuple[int, ...] | None = None) -> FewColumnsMemo:  # fmt: skip
     """The product with few columns between checked operands.
 
     Each is (address, features, tokens, feature stride, token stride). The memo is for an x and a result of these
@@ -123,7 +123,7 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
     works = [new_matrix(1, values, call.like, call.packed.dtype) if values else None for values in road.work_values]
     at = [0 if work is None else device_view(work, what="workspace").address for work in works]
     launch_skinny(road, stream, address, out[0], (at[0], at[1]), bias[0], 0 if residual is None else residual[0])
-    return FewColumnsMemo(road, out_shape)
+    return FewColumnsMemo(road, out_shape, out_stride)
 
 
 def run(call: Call, rows: Any, out_rows: Any, n: int, bias: tuple[int, int], res_rows: Any, activation: str | None,

@@ -17,54 +17,48 @@ from .skinny_plan import SkinnyRoad, launch_skinny
 from .transpose_config import transpose_flags
 from .views import torch_stream
 
-__all__ = ["FewColumnsMemo", "LinearMemo", "LinearPart", "MatmulMemo", "memo_key", "quick_linear", "quick_matmul",
-           "quick_transpose"]  # fmt: skip
+__all__ = ["KINDS", "FewColumnsMemo", "ProductMemo", "ProductPart", "memo_key", "quick_product", "quick_transpose"]
+
+KINDS = {"token": "linear", "feature": "linear, feature-major"}
+"""By the layout of a result of `linear`, what its memos are kept under; those of `matmul` under "matmul"."""
 
 
 @dataclass(frozen=True)
-class MatmulMemo:
-    """A feature-major product straight from x to a new result."""
-
-    context: DeviceContext
-    kernel: LoadedKernel
-    launch_config: Any
-    head: tuple[int, ...]
-    n: int
-    ldx: int
-    out_shape: tuple[int, ...]
-    flags: int
-
-
-@dataclass(frozen=True)
-class LinearPart:
-    """Some of the tokens of a token-major product."""
+class ProductPart:
+    """What is launched for some of the tokens; without `turn_in` x is read as it is, without `turn_out` the product
+    stores to the result itself.
+    """
 
     start: int
     n: int
-    ld: int
-    turn_in: Any
-    turn_out: Any
-    in_at_once: int
-    out_at_once: int
+    ldx: int
+    """Distance of the rows of feature-major x, of the caller's or of what it was turned to."""
+    ldo: int
+    turn_in: tuple[LoadedKernel, Any, int] | None
+    """Kernel, its launch configuration and its `at_once`."""
+    turn_out: tuple[LoadedKernel, Any, int] | None
     kernel: LoadedKernel
     launch_config: Any
     head: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class LinearMemo:
-    """A token-major product: transpose, product, transpose, for each part; the first part is the largest."""
+class ProductMemo:
+    """A product of many columns: for each part of the tokens a transpose, the product, a transpose."""
 
     context: DeviceContext
-    turn: LoadedKernel
-    parts: tuple[LinearPart, ...]
+    parts: tuple[ProductPart, ...]
     k: int
     m: int
-    token_stride: int
     turn_in_flags: int
     turn_out_flags: int
-    out_shape: tuple[int, ...]
     flags: int
+    out_shape: tuple[int, ...]
+    out_stride: tuple[int, ...] | None
+    """None: contiguous."""
+    work_values: int
+    """16-bit values of the workspace: x turned, and from `product_bytes` on the result before it is turned."""
+    product_bytes: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +67,7 @@ class FewColumnsMemo:
 
     road: SkinnyRoad
     out_shape: tuple[int, ...]
+    out_stride: tuple[int, ...] | None
 
 
 def memo_key(kind: str, x: Any, bias: Any, activation: str | None) -> tuple[Any, ...]:
@@ -81,87 +76,67 @@ def memo_key(kind: str, x: Any, bias: Any, activation: str | None) -> tuple[Any,
     return ("memo", kind, x.dtype, x.shape, x.stride(), x.get_device(), activation, about_bias)
 
 
-def quick_matmul(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None) -> Any:
-    """The product by memo, or None when there is none."""
-    memo: MatmulMemo | FewColumnsMemo | None = packed.launch_cache.get(memo_key("matmul", x, bias, activation))
+def quick_product(packed: ShflBWMatrix, kind: str, x: Any, bias: Any, activation: str | None) -> Any:
+    """The product by memo, or None when there is none; `kind` is "matmul" or one of `KINDS`."""
+    memo: ProductMemo | FewColumnsMemo | None = packed.launch_cache.get(memo_key(kind, x, bias, activation))
     if memo is None:
         return None
     address = x.data_ptr()
     if address & 15:
         return None
+    shape, stride = memo.out_shape, memo.out_stride
+    out = x.new_empty(shape) if stride is None else x.new_empty_strided(shape, stride)
+    out_at, bias_at = out.data_ptr(), 0 if bias is None else bias.data_ptr()
     if isinstance(memo, FewColumnsMemo):
-        return _quick_few(memo, x, address, bias)
-    out = x.new_empty(memo.out_shape)
-    memo.context.launch(
-        torch_stream(memo.context.ordinal), memo.launch_config, memo.kernel, *memo.head, address, out.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0, memo.n, memo.ldx, memo.n, 0, memo.flags,
-    )  # fmt: skip
-    return out
-
-
-def _quick_few(memo: FewColumnsMemo, x: Any, address: int, bias: Any) -> Any:
-    road = memo.road
-    out = x.new_empty(memo.out_shape)
-    turned, product = road.work_values
-    first = x.new_empty(turned) if turned else None
-    second = x.new_empty(product) if product else None
-    work = 0 if first is None else first.data_ptr(), 0 if second is None else second.data_ptr()
-    launch_skinny(road, torch_stream(road.context.ordinal), address, out.data_ptr(), work,
-                  0 if bias is None else bias.data_ptr(), 0)  # fmt: skip
-    return out
-
-
-def quick_linear(packed: ShflBWMatrix, x: Any, bias: Any, activation: str | None) -> Any:
-    """The token-major product by memo, or None when there is none."""
-    memo: LinearMemo | FewColumnsMemo | None = packed.launch_cache.get(memo_key("linear", x, bias, activation))
-    if memo is None:
-        return None
-    address = x.data_ptr()
-    if address & 15:
-        return None
-    if isinstance(memo, FewColumnsMemo):
-        return _quick_few(memo, x, address, bias)
-    launch, stream, k, m = memo.context.launch, torch_stream(memo.context.ordinal), memo.k, memo.m
-    turned = x.new_empty((k, memo.parts[0].ld))
-    product = x.new_empty((m, memo.parts[0].ld))
-    out = x.new_empty(memo.out_shape)
-    turned_at, product_at, out_at = turned.data_ptr(), product.data_ptr(), out.data_ptr()
-    bias_at = 0 if bias is None else bias.data_ptr()
+        _launch_few(memo.road, x, address, out_at, bias_at)
+        return out
+    context, k, m, turned_at, product_at = memo.context, memo.k, memo.m, address, out_at
+    launch, stream = context.launch, torch_stream(context.ordinal)
+    if memo.work_values:
+        work = x.new_empty((memo.work_values,))
+        turned_at = work.data_ptr()
+        product_at = turned_at + memo.product_bytes
     for part in memo.parts:
-        n, ld = part.n, part.ld
-        launch(stream, part.turn_in, memo.turn, address + 2 * part.start * memo.token_stride, memo.token_stride,
-               turned_at, ld, n, k, part.in_at_once, memo.turn_in_flags)  # fmt: skip
-        launch(stream, part.launch_config, part.kernel, *part.head, turned_at, product_at, bias_at, 0, n, ld, ld, 0,
+        n, ldx, ldo, source, target = part.n, part.ldx, part.ldo, address, out_at
+        if part.turn_in is not None:
+            turn, config, at_once = part.turn_in
+            launch(stream, config, turn, address + 2 * part.start * k, k, turned_at, ldx, n, k, at_once,
+                   memo.turn_in_flags)  # fmt: skip
+            source = turned_at
+        if part.turn_out is not None:
+            target = product_at
+        launch(stream, part.launch_config, part.kernel, *part.head, source, target, bias_at, 0, n, ldx, ldo, 0,
                memo.flags)  # fmt: skip
-        launch(stream, part.turn_out, memo.turn, product_at, ld, out_at + 2 * part.start * m, m, m, n,
-               part.out_at_once, memo.turn_out_flags)  # fmt: skip
+        if part.turn_out is not None:
+            turn, config, at_once = part.turn_out
+            launch(stream, config, turn, target, ldo, out_at + 2 * part.start * m, m, m, n, at_once,
+                   memo.turn_out_flags)  # fmt: skip
     return out
 
 
-def quick_transpose(x: Any, is_result: bool, addend: Any) -> Any:
-    """`x.T` (plus `addend`) of a torch matrix, or None where it takes the long road: the first time, or unusual."""
-    if x.dim() != 2 or not x.is_contiguous() or x.data_ptr() & 15:
-        return None
-    (rows, cols), device, adds = x.shape, x.get_device(), ""
-    if addend is not None:
-        if (
-            addend.shape != (cols, rows)
-            or addend.dtype != x.dtype
-            or addend.get_device() != device
-            or not addend.is_contiguous()
-            or addend.data_ptr() & 15
-        ):
-            return None
-        adds = str(x.dtype)[6:]
+def _launch_few(road: SkinnyRoad, x: Any, address: int, out_at: int, bias_at: int) -> None:
+    turned, product = road.work_values
+    first = x.new_empty((turned,)) if turned else None
+    second = x.new_empty((product,)) if product else None
+    work = 0 if first is None else first.data_ptr(), 0 if second is None else second.data_ptr()
+    launch_skinny(road, torch_stream(road.context.ordinal), address, out_at, work, bias_at, 0)
+
+
+def quick_transpose(x: Any, rows: int, cols: int, out_shape: Any, is_result: bool, addend: Any = None) -> Any:
+    """The turned (rows, cols) matrix that x is in memory, plus `addend`, or None where it takes the long road.
+
+    x and the addend are contiguous memory of the same 16-bit dtype and device; the result, contiguous too, has another
+    shape for as many values.
+    """
+    device, adds = x.get_device(), "" if addend is None else str(x.dtype)[6:]
     context = device_context(device)
     launch = context.transposes.get((rows, cols, adds))
-    if launch is None:
+    address, addend_at = x.data_ptr(), 0 if addend is None else addend.data_ptr()
+    if launch is None or (address | addend_at) & 15:
         return None
     kernel, config, at_once = launch
-    out = x.new_empty((cols, rows))
+    out = x.new_empty(out_shape)
     flags = transpose_flags(cols % 8 == 0, rows % 8 == 0, is_result=is_result)
-    context.launch(
-        torch_stream(device), config, kernel, x.data_ptr(), cols, out.data_ptr(), rows, rows, cols, at_once, flags,
-        *((addend.data_ptr(), rows) if adds else ()),
-    )  # fmt: skip
+    context.launch(torch_stream(device), config, kernel, address, cols, out.data_ptr(), rows, rows, cols, at_once,
+                   flags, *((addend_at, rows) if adds else ()))  # fmt: skip
     return out

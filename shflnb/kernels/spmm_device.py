@@ -18,7 +18,7 @@ from ..errors import ArgumentError, DtypeError, ShapeError
 from ..formats.shflbw import ShflBWMatrix
 from .config import Config, ceil_div
 from .device_call import Call, run, run_few, run_linear
-from .memo import LinearMemo, LinearPart, MatmulMemo, memo_key, quick_linear, quick_matmul, quick_transpose
+from .memo import KINDS, ProductMemo, ProductPart, memo_key, quick_product
 from .operands import (
     ALIGNED,
     check_activation,
@@ -57,7 +57,7 @@ def device_matmul(
     is_torch = kind_of(x) == "torch-cuda"
     quick = is_torch and residual is None and out is None and config is None
     if quick and not needs_gradient(x, bias):
-        done = quick_matmul(packed, x, bias, activation)
+        done = quick_product(packed, "matmul", x, bias, activation)
         if done is not None:
             return done
     refuse_gradient(x=x, bias=bias, residual=residual)
@@ -97,10 +97,8 @@ def device_matmul(
         return result
     keep_x, ldx = run(call, rows, out_rows, n, bias_at, res_rows, activation, config)
     if quick and keep_x is None:
-        plan = call.plan(n, activation, bias_at, (0, 0), None)
-        flags = bias_at[1] | (ALIGNED if n % 8 == 0 else 0)  # torch's own allocations start at 512-byte boundaries
-        memo = MatmulMemo(call.context, plan.kernel, plan.launch_config, plan.head, n, ldx, out_shape, flags)
-        packed.launch_cache[memo_key("matmul", x, bias, activation)] = memo
+        memo = _product_memo(call, n, ldx, out_rows[3], bias_at, activation, out_shape, None)
+        keep(packed, memo_key("matmul", x, bias, activation), memo)
     return result
 
 
@@ -123,9 +121,9 @@ def device_linear(
     """
     if layout not in ("token", "feature"):
         raise ArgumentError(f"layout is {layout!r}; expected 'token' or 'feature'")
-    quick = kind_of(x) == "torch-cuda" and residual is None and out is None and config is None and layout == "token"
+    quick = kind_of(x) == "torch-cuda" and residual is None and out is None and config is None
     if quick and not needs_gradient(x, bias):
-        done = quick_linear(packed, x, bias, activation)
+        done = quick_product(packed, KINDS[layout], x, bias, activation)
         if done is not None:
             return done
     refuse_gradient(x=x, bias=bias, residual=residual)
@@ -165,48 +163,60 @@ def device_linear(
         else:
             out_flat = new_matrix(n, m, flat, packed.dtype)
         out_at = rows_of(device_view(out_flat, what="out"))
+    result = out
+    if result is None:
+        result = out_flat if len(shape) == 2 else out_flat.reshape(*lead, m)
     if m and n:
-        memo = _enqueue_linear(call, rows_of(view), out_at, bias_at, res, activation, config, (*lead, m))
-        if quick and (len(shape) == 2 or x.is_contiguous()) and memo is not None:
-            keep(packed, memo_key("linear", x, bias, activation), memo)
-    if out is not None:
-        return out
-    return out_flat if len(shape) == 2 else out_flat.reshape(*lead, m)
+        stride = tuple(result.stride()) if quick and layout == "feature" else None
+        memo = _enqueue_linear(call, rows_of(view), out_at, bias_at, res, activation, config, (*lead, m), stride)
+        if quick and memo is not None and flat.data_ptr() == x.data_ptr():
+            keep(packed, memo_key(KINDS[layout], x, bias, activation), memo)
+    return result
 
 
-def _enqueue_linear(call: Call, x: Any, out: Any, bias: tuple[int, int], res: Any, activation: str | None,
-                    config: Config | None, out_shape: tuple[int, ...]) -> Any:  # fmt: skip
-    """Launch the token-major product by one of the two ways; returns the memo of such a call, or None.
+def _enqueue_linear(
+    call: Call, x: Any, out: Any, bias: tuple[int, int], res: Any, activation: str | None, config: Config | None,
+    out_shape: tuple[int, ...], out_stride: tuple[int, ...] | None,
+) -> Any:  # fmt: skip
+    """Launch `linear` by one of the two ways; returns the memo of such a call, or None.
 
-    Operands are (address, tokens, features, token stride, feature stride).
+    Operands are (address, tokens, features, token stride, feature stride); `out_stride` is None for contiguous results.
     """
     n = x[1]
     if config is None and has_few_columns(n, call.context.capability):
-        return run_few(call, turned(x), turned(out), n, bias, turned(res), activation, out_shape)
+        return run_few(call, turned(x), turned(out), n, bias, turned(res), activation, out_shape, out_stride)
     run_linear(call, x, out, bias, res, activation, config)
     m, k = call.packed.shape
-    return _linear_memo(call, n, out_shape, bias, activation) if min(m, n, k) > 1 and x[3:] == (k, 1) else None
+    is_feature = x[3] == 1 and x[4] % 8 == 0 and n <= x[4] < 2**31  # as the product reads it, without a copy
+    if min(m, n, k) <= 1 or not (is_feature or x[3:] == (k, 1)):
+        return None
+    ldx, ldo = x[4] if is_feature else 0, 0 if out[4] == 1 else out[4]
+    return _product_memo(call, n, ldx, ldo, bias, activation, out_shape, out_stride)
 
 
-def _linear_memo(
-    call: Call, n: int, out_shape: tuple[int, ...], bias: tuple[int, int], activation: str | None
-) -> LinearMemo:
-    """The memo of a token-major product on a contiguous, aligned x."""
+def _product_memo(
+    call: Call, n: int, ldx: int, ldo: int, bias: tuple[int, int], activation: str | None, out_shape: tuple[int, ...],
+    out_stride: tuple[int, ...] | None,
+) -> ProductMemo:  # fmt: skip
+    """The memo of a product whose feature-major x and result have rows this far apart; 0: token-major, contiguous."""
     m, k = call.packed.shape
-    step = tokens_at_once(call.packed, call.context, n)
+    step = n if ldx or ldo else tokens_at_once(call.packed, call.context, n)
+    width = ceil_div(step, 8) * 8
     parts = []
     for start in range(0, n, step):
         count = min(step, n - start)
-        turn, turn_in, in_at_once = transpose_launch(call.context, call.stream_handle, count, k)
-        turn, turn_out, out_at_once = transpose_launch(call.context, call.stream_handle, m, count)
+        ld = ceil_div(count, 8) * 8
+        turn_in = None if ldx else transpose_launch(call.context, call.stream_handle, count, k)
+        turn_out = None if ldo else transpose_launch(call.context, call.stream_handle, m, count)
         plan = call.plan(count, activation, bias, (0, 0), None)
-        parts.append(LinearPart(start, count, ceil_div(count, 8) * 8, turn_in, turn_out, in_at_once, out_at_once,
-                                plan.kernel, plan.launch_config, plan.head))  # fmt: skip
-    return LinearMemo(
-        call.context, turn, tuple(parts), k=k, m=m, token_stride=k,
-        turn_in_flags=transpose_flags(k % 8 == 0, True, is_padded=True),
-        turn_out_flags=transpose_flags(True, m % 8 == 0, is_result=True), out_shape=out_shape,
-        flags=bias[1] | ALIGNED,
+        parts.append(ProductPart(start, count, ldx or ld, ldo or ld, turn_in, turn_out, plan.kernel,
+                                 plan.launch_config, plan.head))  # fmt: skip
+    turned_values = 0 if ldx else ceil_div(k * width, 256) * 256  # the second workspace starts at 512 bytes, too
+    return ProductMemo(
+        call.context, tuple(parts), k, m,
+        transpose_flags(k % 8 == 0, True, is_padded=True), transpose_flags(True, m % 8 == 0, is_result=True),
+        bias[1] | (ALIGNED if ldo % 8 == 0 else 0), out_shape, out_stride,
+        turned_values + (0 if ldo else m * width), 2 * turned_values,
     )  # fmt: skip
 
 
@@ -225,11 +235,6 @@ def device_transpose(x: Any, *, is_result: bool = False, addend: Any = None, out
     out : device array (cols, rows), optional
         C-contiguous; may be the addend.
     """
-    is_torch = out is None and kind_of(x) == "torch-cuda" and (addend is None or kind_of(addend) == "torch-cuda")
-    is_half = is_torch and x.is_floating_point() and x.element_size() == 2
-    done = quick_transpose(x, is_result, addend) if is_half else None
-    if done is not None:
-        return done
     view = device_view(x, what="x")
     if (
         view.dtype not in ("float16", "bfloat16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,55 +111,75 @@ class Timer:
         self, name: str, facts: Facts, layer: ShflLinear, tokens: Counter[int], layout: Plan, *, fresh: bool = False
     ) -> Times:
         """Times of one layer in the layouts of the plan; `fresh` measures the sparse side again, for a new pattern."""
-        activation, summed = layout.fused[name][1] if name in layout.fused else None, name in layout.summed
         counts = {n: calls for n, calls in tokens.items() if n}
-        on_gpu = layer.values.device.type == "cuda"
-        margin = LAUNCH_MARGIN_US * sum(counts.values()) if on_gpu else 0.0
-        dense = sum(calls * self._dense(facts, n, activation, summed) for n, calls in counts.items())
-        sparse = sum(
-            calls * self._sparse(name, layer, facts, n, activation, layout, fresh) for n, calls in counts.items()
-        )
-        found = Times(dense, sparse, margin)
-        # a dense time is looked at again before it chooses: a disturbed one was 3 times too long (H100, 2026-11-26)
-        if counts and found.is_worth_it:
-            dense = sum(calls * self._dense(facts, n, activation, summed, again=True) for n, calls in counts.items())
-            found = Times(dense, sparse, margin)
+        margin = LAUNCH_MARGIN_US * sum(counts.values()) if layer.values.device.type == "cuda" else 0.0
+
+        def dense(again: bool = False) -> float:
+            return sum(calls * self._dense(name, facts, n, layout, again) for n, calls in counts.items())
+
+        def sparse(fresh: bool, again: bool = False) -> float:
+            return sum(calls * self._sparse(name, layer, facts, n, layout, fresh, again) for n, calls in counts.items())
+
+        found = Times(dense(), sparse(fresh), margin)
+        # The side that loses is looked at again: a disturbed time was 3 times too long (H100, 2026-11-26).
+        for _ in range(2):
+            if not found.is_worth_it:
+                found = replace(found, sparse=sparse(False, again=True))
+            if found.is_worth_it:
+                found = replace(found, dense=dense(again=True))
         return found
 
-    def _dense(self, facts: Facts, n: int, activation: str | None, summed: bool, *, again: bool = False) -> float:
-        """The dense time; with `again` the smaller of two, the second measured after other work."""
-        w = facts.weight
-        key = ("dense", tuple(w.shape), n, facts.dtype, w.device, facts.bias is not None, activation, summed)
-        if key not in self._known or (again and key not in self._confirmed):
-            calls = dense_call(w, facts.bias, n, facts.dtype, activation, summed=summed)
-            us = call_us(calls, w.device, self.timing, is_cold=n < COLD_BELOW)
-            self._known[key] = min(us, self._known.get(key, us))
-            if again:
-                self._confirmed.add(key)
+    def _measured(
+        self, key: tuple[Any, ...], make: Callable[[], Any], n: int, device: torch.device, *, fresh: bool, again: bool
+    ) -> float:
+        """The time of the calls that `make` makes: as remembered, measured anew if `fresh`; with `again` the smaller of
+        two, the second measured after other work.
+        """
+        if fresh or key not in self._known:
+            self._known[key] = call_us(make(), device, self.timing, is_cold=n < COLD_BELOW)
+            self._confirmed.discard(key)
+        elif again and key not in self._confirmed:
+            self._known[key] = min(self._known[key], call_us(make(), device, self.timing, is_cold=n < COLD_BELOW))
+            self._confirmed.add(key)
         return self._known[key]
 
+    def _dense(self, name: str, facts: Facts, n: int, layout: Plan, again: bool) -> float:
+        w, activation, summed = facts.weight, _fused(name, layout), name in layout.summed
+        key = ("dense", tuple(w.shape), n, facts.dtype, w.device, facts.bias is not None, activation, summed)
+
+        def make() -> Any:
+            return dense_call(w, facts.bias, n, facts.dtype, activation, summed=summed)
+
+        return self._measured(key, make, n, w.device, fresh=False, again=again)
+
     def _sparse(
-        self, name: str, layer: ShflLinear, facts: Facts, n: int, activation: str | None, layout: Plan, fresh: bool
+        self, name: str, layer: ShflLinear, facts: Facts, n: int, layout: Plan, fresh: bool, again: bool
     ) -> float:
-        device, k = layer.values.device, layer.in_features
-        feature_in, out, readers = name in layout.feature_in, layout.layout(name), layout.readers(name)
-        summed = name in layout.summed
+        device, k, activation = layer.values.device, layer.in_features, _fused(name, layout)
+        out, readers, summed = layout.layout(name), layout.readers(name), name in layout.summed
         shares = readers > 1 and device.type in SHARE_ON and n > FEW_TOKENS
+        feature_in = name in layout.feature_in or shares
         longest = int(layer.indptr.diff().max()) if layer.indptr.numel() > 1 else 0
         key = ("sparse", layer.out_features, k, layer.block, layer.values.shape[0], longest, n, facts.dtype, device,
-               layer.bias is not None, activation, feature_in or shares, out, summed)  # fmt: skip
-        if fresh or key not in self._known:
-            calls = sparse_call(
-                layer, n, facts.dtype, feature_in=feature_in or shares, layout=out, activation=activation, summed=summed
-            )
-            self._known[key] = call_us(calls, device, self.timing, is_cold=n < COLD_BELOW)
-        return self._known[key] + (self._transpose(n, k, layer, facts.dtype) / readers if shares else 0.0)
+               layer.bias is not None, activation, feature_in, out, summed)  # fmt: skip
+
+        def make() -> Any:
+            return sparse_call(layer, n, facts.dtype, feature_in=feature_in, layout=out, activation=activation,
+                               summed=summed)  # fmt: skip
+
+        us = self._measured(key, make, n, device, fresh=fresh, again=again)
+        return us + (self._transpose(n, k, layer, facts.dtype) / readers if shares else 0.0)
 
     def _transpose(self, n: int, k: int, layer: ShflLinear, dtype: torch.dtype) -> float:
         key = ("transpose", n, k, dtype, layer.values.device)
         if key not in self._known:
             self._known[key] = transpose_us(n, k, layer.values, dtype, self.timing)
         return self._known[key]
+
+
+def _fused(name: str, layout: Plan) -> str | None:
+    """The activation that the plan fuses into a layer."""
+    return layout.fused[name][1] if name in layout.fused else None
 
 
 def decide(

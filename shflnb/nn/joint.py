@@ -28,7 +28,7 @@ from .record import launch_record
 if TYPE_CHECKING:
     from .modules import ShflLinear
 
-__all__ = ["JointProducts"]
+__all__ = ["JointProducts", "few_layout", "stream_of"]
 
 MISSES = 2
 """So often a layer may leave its result; then the layers go alone for good."""
@@ -191,7 +191,7 @@ class _Joint:
         is_feature = layouts == {"feature"}
         if len(layouts) > 1 or not (is_feature or stores_results(self.parts.m, n)):
             return None
-        road = self.parts.road(n, is_feature, _stream(x))
+        road = self.parts.road(n, is_feature, stream_of(x))
         shapes = tuple((m, *lead) if is_feature else (*lead, m) for m in self.rows)
         return _Memo(road, self.parts.m * n, tuple(m * n for m in self.rows), shapes, is_feature)
 
@@ -233,14 +233,15 @@ def few_layout(layout: str, tokens: int) -> str:
 
 def _stamp(x: torch.Tensor) -> tuple[int, ...]:
     """What must not change until a result is asked for: contents, stream, capture, and what the dispatcher does."""
-    stream = _stream(x)
+    stream = stream_of(x)
     capture = 0
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         capture = capture_of(x.get_device(), stream)
     return (0 if x.is_inference() else x._version, x.data_ptr(), stream, capture, *dispatch_state())
 
 
-def _stream(x: torch.Tensor) -> int:
+def stream_of(x: torch.Tensor) -> int:
+    """Raw handle of torch's current stream on the device of x; 0 on the CPU."""
     return torch_stream(x.get_device()) if x.is_cuda else 0
 
 
@@ -278,7 +279,7 @@ def make_parts(layers: Sequence[_Own]) -> Any:
         return None
     parts = [Part(own.packed, *check_bias(own.bias, own.packed, device), own.rest[0] is not None) for own in layers]
     activation = next((own.rest[0] for own in layers if own.rest[0] is not None), None)
-    return Parts(context, parts, activation, _stream(layers[0].values))
+    return Parts(context, parts, activation, stream_of(layers[0].values))
 
 
 def stores_results(m: int, n: int) -> bool:

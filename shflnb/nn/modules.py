@@ -15,7 +15,7 @@ from ..errors import ArgumentError, DtypeError, ShapeError, ShflnbError
 from ..formats import ShflBWMatrix, pack
 from ..formats.shflbw import check_block
 from ..patterns import prune
-from .joint import JointProducts, few_layout
+from .joint import JointProducts, few_layout, stream_of
 from .layout import is_feature_major, to_feature_major
 from .op import (
     ACTIVATIONS,
@@ -260,14 +260,17 @@ class ShflLinear(nn.Module):
         # While tracing the number of tokens is not looked at: it would become a condition of the traced program.
         is_term = self.joins_sum and layout == "token" and not torch.compiler.is_compiling()
         if is_term and self._may_wait_for_a_sum(x):
-            return as_term(plain_linear(
-                x, self.values, self.indices, self.indptr, self.row_perm, self.bias, self.in_features, self.block[1],
-                activation, True,
-            ))  # fmt: skip
-        return packed_linear(
-            x, self.values, self.indices, self.indptr, self.row_perm, self.bias,
-            k=self.in_features, tile_k=self.block[1], activation=activation, layout=layout,
-        )  # fmt: skip
+            return as_term(plain_linear(x, *self._tensors(), self.in_features, self.block[1], activation, True))
+        return packed_linear(x, *self._tensors(), k=self.in_features, tile_k=self.block[1], activation=activation,
+                             layout=layout)  # fmt: skip
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """values, indices, indptr, row_perm and bias; past `nn.Module.__getattr__`, which takes 0.5 us for each."""
+        parameters, buffers = self._parameters, self._buffers
+        if torch.compiler.is_compiling() or "values" not in parameters or "bias" not in parameters:  # parametrised
+            return self.values, self.indices, self.indptr, self.row_perm, self.bias
+        return (parameters["values"], buffers["indices"], buffers["indptr"], buffers["row_perm"],
+                parameters["bias"])  # fmt: skip
 
     def _may_wait_for_a_sum(self, x: torch.Tensor) -> bool:
         """Whether the result can be handed on feature-major, for the sum that turns it."""
@@ -409,7 +412,7 @@ class SharedInput:
         tokens = x.shape[:-1].numel()
         if tokens <= FEW_TOKENS or is_feature_major(x):
             return x
-        stamp = (0 if x.is_inference() else x._version, x.data_ptr(), _stream(x))
+        stamp = (0 if x.is_inference() else x._version, x.data_ptr(), stream_of(x))
         entry = self._entry
         if entry is not None and entry[0]() is x and entry[1] == stamp:
             source, _, copy, uses = entry
@@ -426,10 +429,6 @@ class SharedInput:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (SharedInput, (self.readers,))
-
-
-def _stream(x: torch.Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
 def _is_exporting() -> bool:

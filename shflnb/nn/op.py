@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from ..kernels.memo import KINDS, quick_product, quick_transpose
 from .layout import is_feature_major
-from .record import launch_record
+from .record import known_record, launch_record
 
 __all__ = ["ACTIVATIONS", "FEW_TOKENS", "activate", "dense_weight", "dispatch_state", "feature_view", "flat_features",
            "has_plain_keys", "is_plain_call", "packed_linear", "plain_linear", "turned"]  # fmt: skip
@@ -178,20 +179,25 @@ def plain_linear(
 
     What the dispatcher comes to; called past it where `is_plain_call` has found nothing in between.
     """
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32) and x.is_floating_point():
+        bias = bias.to(x.dtype)
+    layout = "feature" if feature_out and x.dim() > 1 else "token"
+    # A feature-major result lies without gaps here; `ops.linear` gives it rows that start at 16-byte boundaries.
+    on_device = x.is_cuda and (layout == "token" or x.numel() // max(1, k) % 8 == 0)
+    if on_device:
+        known = known_record(values, indices, indptr, row_perm, k, tile_k, x.dtype)
+        done = None if known is None else quick_product(known, KINDS[layout], x, bias, activation)
+        if done is not None:
+            return done
     _check(x, values, row_perm, bias, k)
     packed = launch_record(values, indices, indptr, row_perm, k, tile_k, x.dtype)
-    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
-        bias = bias.to(x.dtype)
+    if on_device and x.numel():
+        return ops.linear(x, packed, bias, activation=activation, layout=layout)
     lead, m = x.shape[:-1], row_perm.shape[0]
     tokens = math.prod(lead)
-    is_feature_in = is_feature_major(x)
-    if x.is_cuda and tokens > FEW_TOKENS and (is_feature_in or feature_out):
-        features = flat_features(x) if is_feature_in else turned(x.reshape(tokens, k))
-        y = ops.matmul(packed, features, bias=bias, activation=activation)
-        return feature_view(y, lead) if feature_out else turned(y, is_result=True).view(*lead, m)
     # Always two dimensions, of strides (k, 1) or (1, tokens), whatever the leading dimensions are.
-    flat = flat_features(x).t() if is_feature_in else x.reshape(tokens, k)
-    if feature_out and x.dim() > 1:
+    flat = flat_features(x).t() if is_feature_major(x) else x.reshape(tokens, k)
+    if layout == "feature":
         memory = x.new_empty(m, tokens)
         if tokens:
             ops.linear(flat, packed, bias, activation=activation, out=memory.t())
@@ -211,11 +217,15 @@ def flat_features(x: torch.Tensor) -> torch.Tensor:
 
 def turned(x: torch.Tensor, *, is_result: bool = False) -> torch.Tensor:
     """`x.t().contiguous()`; 16-bit values on a GPU by the transpose kernel of the products."""
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.numel():
+    if not (x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.numel()):
+        return x.t().contiguous()
+    x, (rows, cols) = x.contiguous(), x.shape
+    done = quick_transpose(x, rows, cols, (cols, rows), is_result)
+    if done is None:
         from ..kernels.spmm_device import device_transpose
 
-        return device_transpose(x.contiguous(), is_result=is_result)
-    return x.t().contiguous()
+        done = device_transpose(x, is_result=is_result)
+    return done
 
 
 def _check(

@@ -25,7 +25,7 @@ from ..arrays import BFLOAT16, DTYPES, host_array
 from ..errors import CaptureError, DeviceError, DtypeError
 from ..formats import ShflBWMatrix
 
-__all__ = ["LaunchRecord", "forget", "launch_record", "record_count"]
+__all__ = ["LaunchRecord", "forget", "known_record", "launch_record", "record_count"]
 
 _RECORDS: dict[tuple[Any, ...], LaunchRecord] = {}
 _LOCK = threading.Lock()
@@ -78,20 +78,38 @@ def launch_record(
     CaptureError
         The record would have to be made while a CUDA graph is captured.
     """
-    storage = values.untyped_storage()
-    key = (storage._cdata, values.storage_offset(), values.shape, values.dtype, k, tile_k)
-    stamp = (
+    packed = known_record(values, indices, indptr, row_perm, k, tile_k, dtype)
+    return packed if packed is not None else _make((values, indices, indptr, row_perm), k, tile_k, dtype)
+
+
+def known_record(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    indptr: torch.Tensor,
+    row_perm: torch.Tensor,
+    k: int,
+    tile_k: int,
+    dtype: torch.dtype,
+) -> Any:
+    """As `launch_record`, but None where it would have to be made."""
+    record = _RECORDS.get(_key(values, k, tile_k))
+    if record is None or record.stamp != _stamp(values, indices, indptr, row_perm):
+        return None
+    return record.by_dtype.get(dtype)
+
+
+def _key(values: torch.Tensor, k: int, tile_k: int) -> tuple[Any, ...]:
+    return (values.untyped_storage()._cdata, values.storage_offset(), values.shape, values.dtype, k, tile_k)
+
+
+def _stamp(*tensors: torch.Tensor) -> tuple[int, ...]:
+    values, indices, indptr, row_perm = tensors
+    return (
         _version(values),
         indices.data_ptr(), _version(indices),
         indptr.data_ptr(), _version(indptr),
         row_perm.data_ptr(), _version(row_perm),
     )  # fmt: skip
-    record = _RECORDS.get(key)
-    if record is not None and record.stamp == stamp:
-        packed = record.by_dtype.get(dtype)
-        if packed is not None:
-            return packed
-    return _make(storage, key, stamp, (values, indices, indptr, row_perm), k, tile_k, dtype)
 
 
 def forget(values: torch.Tensor) -> None:
@@ -112,26 +130,19 @@ def _version(t: torch.Tensor) -> int:
     return -1 if t.is_inference() else t._version
 
 
-def _make(
-    storage: torch.UntypedStorage,
-    key: tuple[Any, ...],
-    stamp: tuple[Any, ...],
-    tensors: tuple[torch.Tensor, ...],
-    k: int,
-    tile_k: int,
-    dtype: torch.dtype,
-) -> Any:
+def _make(tensors: tuple[torch.Tensor, ...], k: int, tile_k: int, dtype: torch.dtype) -> Any:
     values, indices, indptr, row_perm = tensors
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         raise CaptureError(
             "a Shfl-BW layer was called for the first time (or the first time since its weights or dtype changed) "
             "while a CUDA graph is being captured; call the model once with the same input before the capture"
         )
+    key, stamp = _key(values, k, tile_k), _stamp(*tensors)
     with _LOCK:
         record = _RECORDS.get(key)
         if record is None or record.stamp != stamp:
             record = LaunchRecord(stamp, (indices, indptr, row_perm))
-            record.alive = weakref.ref(storage, functools.partial(_drop, key))
+            record.alive = weakref.ref(values.untyped_storage(), functools.partial(_drop, key))
         if dtype not in record.by_dtype:
             record.by_dtype[dtype] = _pack(values, indices, indptr, row_perm, k, tile_k, dtype)
         _RECORDS[key] = record

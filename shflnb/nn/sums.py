@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
+from ..kernels.memo import quick_transpose
 from .op import flat_features, has_plain_keys, turned
 
 __all__ = ["LEAST_VALUES", "SumTerm", "as_term", "turned_sum"]
@@ -86,6 +87,10 @@ def _fits(y: torch.Tensor, other: Any) -> bool:
 
 def turned_sum(y: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`y + other` of a feature-major and a token-major tensor of 16-bit values on a GPU, token-major."""
-    from ..kernels.spmm_device import device_transpose
+    m = y.shape[-1]
+    done = quick_transpose(y, m, y.numel() // m, y.shape, True, other)
+    if done is None:
+        from ..kernels.spmm_device import device_transpose
 
-    return device_transpose(flat_features(y), is_result=True, addend=other.view(-1, y.shape[-1])).view(y.shape)
+        done = device_transpose(flat_features(y), is_result=True, addend=other.view(-1, m)).view(y.shape)
+    return done

@@ -19,8 +19,10 @@ from gpu_cases import DTYPES, random_packed
 from shflnb.errors import DeviceError
 from shflnb.kernels import device_call, memo, select, skinny_plan, spmm_device
 from shflnb.kernels.config import Config
+from shflnb.kernels.epilogue import HAS_BIAS
 from shflnb.kernels.launch import DeviceMemory
-from shflnb.kernels.memo import quick_linear
+from shflnb.kernels.memo import quick_product
+from shflnb.kernels.operands import rows_of
 from shflnb.kernels.select import candidates
 from shflnb.kernels.skinny_config import config_of as few_config
 from shflnb.kernels.spmm_device import device_linear, device_matmul
@@ -213,7 +215,38 @@ class PlayedTensor:
         return 0
 
     def new_empty(self, shape: tuple[int, ...]) -> PlayedTensor:
-        return PlayedTensor(self.device, self.device.empty(*shape, self.dtype))
+        return PlayedTensor(self.device, self.device.empty(*(1, *shape)[-2:], self.dtype))
+
+    def new_empty_strided(self, shape: tuple[int, int], stride: tuple[int, int]) -> PlayedTensor:
+        assert stride[0] == 1
+        return PlayedTensor(self.device, turned(self.device.empty(shape[1], shape[0], self.dtype, pitch=stride[1])))
+
+
+@pytest.mark.parametrize("layout", ["token", "feature"])
+@pytest.mark.parametrize("is_feature", [False, True])
+@pytest.mark.parametrize("n", [77, 16])
+def test_the_short_road_between_layouts(n: int, is_feature: bool, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the long road launches and remembers, launched again by what it remembers; n cuts a chunk of the result."""
+    device = install(monkeypatch, EmulatedDevice(11, capability=HOPPER))
+    monkeypatch.setattr(memo, "torch_stream", lambda ordinal: 0)
+    m, k = 67, 72
+    packed = random_packed(m, k, 32, dtype="float16", seed=11, integers=True)
+    values, bias = (integers(np.random.default_rng(11), shape, "float16") for shape in ((n, k), (m,)))
+    view = turned(device.array(values.T, pitch=80)) if is_feature else device.array(values)
+    at, bias_at = device.array(bias), (0, 0)
+    out = turned(device.empty(m, n, "float16", pitch=80)) if layout == "feature" else device.empty(n, m, "float16")
+    call, bias_at = device_call.Call(packed, view, view), (at.address, HAS_BIAS)
+    stride = out.strides if layout == "feature" else None
+    made = spmm_device._enqueue_linear(call, rows_of(view), rows_of(out), bias_at, None, "relu", None, (n, m), stride)
+    launched, want = list(device.launched), np.maximum(product(packed, values.T) + bias[:, None], 0)
+    x, played_bias = PlayedTensor(device, view), PlayedTensor(device, at)
+    packed.launch_cache[memo.memo_key(memo.KINDS[layout], x, played_bias, "relu")] = made
+    y = quick_product(packed, memo.KINDS[layout], x, played_bias, "relu")
+    assert device.launched == 2 * launched
+    assert n < 64 or len(launched) == 1 + (not is_feature) + (layout == "token")
+    assert y.stride() == out.strides and device.machine.memory.unwritten_reads == 0
+    for result in (out, y.view):
+        assert (device.read(result).T.astype(np.float64) == want).all()
 
 
 @pytest.mark.parametrize("m", [72, 67])
@@ -224,11 +257,11 @@ def test_the_short_road_takes_the_same_parts(m: int, monkeypatch: pytest.MonkeyP
     values = integers(np.random.default_rng(9), (600, 72), "float16")
     x = PlayedTensor(device, device.array(values))
     call = device_call.Call(packed, x.view, x.view)
-    assert quick_linear(packed, x, None, None) is None
-    made = spmm_device._linear_memo(call, 600, (600, m), (0, 0), None)
+    assert quick_product(packed, "linear", x, None, None) is None
+    made = spmm_device._product_memo(call, 600, 0, 0, (0, 0), None, (600, m), None)
     assert [(part.start, part.n) for part in made.parts] == [(0, 256), (256, 256), (512, 88)]
     packed.launch_cache[memo.memo_key("linear", x, None, None)] = made
-    y = device.read(quick_linear(packed, x, None, None).view)
+    y = device.read(quick_product(packed, "linear", x, None, None).view)
     assert (y.T.astype(np.float64) == product(packed, values.T)).all()
     assert len(device.launched) == 9 and device.machine.memory.unwritten_reads == 0
 

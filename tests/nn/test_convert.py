@@ -121,6 +121,28 @@ def test_a_dense_time_that_was_disturbed_once_chooses_nothing(
     assert report["0"].decision == "dense" and report["0"].dense_us == 100.0 and count[0] == 2
 
 
+@pytest.mark.parametrize("disturbed", [{1}, {2}, {1, 3}])
+def test_a_sparse_time_that_was_disturbed_once_drops_nothing(
+    disturbed: set[int], fixed_times: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the random pattern, with the one found, or with both."""
+    import shflnb.nn.decide as decide
+
+    fixed_times({(64, 32)})
+    calm, count = decide.call_us, [0]
+
+    def call_us(calls: Any, *args: Any, **kwargs: Any) -> float:
+        if calls[0] == "sparse":
+            count[0] += 1
+            return 300.0 if count[0] in disturbed else 40.0
+        return calm(calls, *args, **kwargs)
+
+    monkeypatch.setattr(decide, "call_us", call_us)
+    report = sparsify_(nn.Sequential(nn.Linear(32, 64)), 0.5, example_inputs=torch.randn(5, 32), **FAST)
+    assert report["0"].decision == "sparse" and report["0"].sparse_us == 40.0
+    assert count[0] == 2 + len(disturbed)
+
+
 def test_policy_always_takes_them_all_and_says_so(fixed_times: Callable[..., None]) -> None:
     fixed_times({(64, 32), (32, 64)})
     report = sparsify_(GatedMLP(), 0.5, example_inputs=torch.randn(5, 32), policy="always", **FAST)

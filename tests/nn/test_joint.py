@@ -33,7 +33,7 @@ class PlayedDevice:
         monkeypatch.setattr(joint_file, "make_parts", self.make_parts)
         monkeypatch.setattr(joint_file, "launch", self.launch)
         monkeypatch.setattr(joint_file, "stores_results", lambda m, n: m * n <= self.room)
-        monkeypatch.setattr(joint_file, "_stream", lambda x: self.stream)
+        monkeypatch.setattr(joint_file, "stream_of", lambda x: self.stream)
 
     def make_parts(self, layers: Any) -> Any:
         self.preparations += 1
