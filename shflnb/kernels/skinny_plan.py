@@ -121,9 +121,10 @@ def find_room(
         with context.current():
             clusters = kernel.max_clusters(config.ranks)
     if clusters == 0:  # one block each, also where a part of a device has no room for a cluster
-        alone = config_of(config.v, 8 * config.chunks, 1, config.dtype, config.blocks_per_sm,
-                          token_major=config.token_major, parts=config.parts)  # fmt: skip
-        config = alone.with_epilogue(config.epilogue)
+        if config.ranks > 1:
+            alone = config_of(config.v, 8 * config.chunks, 1, config.dtype, config.blocks_per_sm,
+                              token_major=config.token_major, parts=config.parts)  # fmt: skip
+            config = alone.with_epilogue(config.epilogue)
         kernel = context.kernel(kernel_spec(config), stream)
         clusters = context.sm_count * config.blocks_per_sm
     return config, kernel, min(clusters, groups)
