@@ -307,7 +307,6 @@ def eager_us(call: Call, device: str = "cuda", *, device_us: float = 0.0, batche
     is_cuda = device.startswith("cuda")
     calls = int(min(20.0, max(3.0, 5e3 / max(device_us, 1.0))))
     found = []
-    gc.collect()
     collects = gc.isenabled()
     gc.disable()
     try:
