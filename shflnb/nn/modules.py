@@ -267,10 +267,11 @@ class ShflLinear(nn.Module):
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """values, indices, indptr, row_perm and bias; past `nn.Module.__getattr__`, which takes 0.5 us for each."""
         parameters, buffers = self._parameters, self._buffers
-        if torch.compiler.is_compiling() or "values" not in parameters or "bias" not in parameters:  # parametrised
+        values, bias = parameters.get("values"), parameters.get("bias")
+        if values is None or torch.compiler.is_compiling():
             return self.values, self.indices, self.indptr, self.row_perm, self.bias
-        return (parameters["values"], buffers["indices"], buffers["indptr"], buffers["row_perm"],
-                parameters["bias"])  # fmt: skip
+        bias = self.bias if bias is None else bias  # parametrised, or none
+        return values, buffers["indices"], buffers["indptr"], buffers["row_perm"], bias
 
     def _may_wait_for_a_sum(self, x: torch.Tensor) -> bool:
         """Whether the result can be handed on feature-major, for the sum that turns it."""

@@ -280,3 +280,17 @@ def test_no_warning_on_ordinary_use() -> None:
         layer = make_layer()
         layer(torch.randn(2, 96)).sum().backward()
         copy.deepcopy(layer).half()
+
+
+def test_a_parametrised_bias_is_the_one_that_counts() -> None:
+    """torch keeps the original elsewhere then, and computes the attribute at each call."""
+
+    class Twice(nn.Module):
+        def forward(self, t: torch.Tensor) -> torch.Tensor:
+            return 2 * t
+
+    layer, x = make_layer(), torch.randn(4, 96)
+    want = torch.nn.functional.linear(x, layer.dense_weight(), 2 * layer.bias)
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Twice())
+    with torch.no_grad():
+        assert torch.allclose(layer(x), want, atol=1e-5)
