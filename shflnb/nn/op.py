@@ -21,7 +21,7 @@ from .. import ops
 from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from ..kernels.memo import KINDS, quick_product, quick_transpose
 from .layout import is_feature_major
-from .record import known_record, launch_record
+from .record import launch_record
 
 __all__ = ["ACTIVATIONS", "FEW_TOKENS", "activate", "dense_weight", "dispatch_state", "feature_view", "flat_features",
            "has_plain_keys", "is_plain_call", "packed_linear", "plain_linear", "turned"]  # fmt: skip
@@ -185,7 +185,7 @@ def plain_linear(
     # A feature-major result lies without gaps here; `ops.linear` gives it rows that start at 16-byte boundaries.
     on_device = x.is_cuda and (layout == "token" or x.numel() // max(1, k) % 8 == 0)
     if on_device:
-        known = known_record(values, indices, indptr, row_perm, k, tile_k, x.dtype)
+        known = launch_record(values, indices, indptr, row_perm, k, tile_k, x.dtype, make=False)
         done = None if known is None else quick_product(known, KINDS[layout], x, bias, activation)
         if done is not None:
             return done

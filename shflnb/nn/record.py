@@ -25,7 +25,7 @@ from ..arrays import BFLOAT16, DTYPES, host_array
 from ..errors import CaptureError, DeviceError, DtypeError
 from ..formats import ShflBWMatrix
 
-__all__ = ["LaunchRecord", "forget", "known_record", "launch_record", "record_count"]
+__all__ = ["LaunchRecord", "forget", "launch_record", "record_count"]
 
 _RECORDS: dict[tuple[Any, ...], LaunchRecord] = {}
 _LOCK = threading.Lock()
@@ -53,6 +53,8 @@ def launch_record(
     k: int,
     tile_k: int,
     dtype: torch.dtype,
+    *,
+    make: bool = True,
 ) -> Any:
     """The packed matrix behind four tensors, its values in `dtype`: 2 to 3 us when warm.
 
@@ -66,10 +68,12 @@ def launch_record(
     k, tile_k : int
     dtype : torch.dtype
         Dtype of the activation. Values of another dtype (float32 weights under autocast) are rounded once and kept.
+    make : bool
+        Whether to make the record where there is none.
 
     Returns
     -------
-    ShflBWMatrix, or the device's record that stands for one
+    ShflBWMatrix, or the device's record that stands for one; None where `make` is False and there is none
 
     Raises
     ------
@@ -78,24 +82,12 @@ def launch_record(
     CaptureError
         The record would have to be made while a CUDA graph is captured.
     """
-    packed = known_record(values, indices, indptr, row_perm, k, tile_k, dtype)
-    return packed if packed is not None else _make((values, indices, indptr, row_perm), k, tile_k, dtype)
-
-
-def known_record(
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    indptr: torch.Tensor,
-    row_perm: torch.Tensor,
-    k: int,
-    tile_k: int,
-    dtype: torch.dtype,
-) -> Any:
-    """As `launch_record`, but None where it would have to be made."""
     record = _RECORDS.get(_key(values, k, tile_k))
-    if record is None or record.stamp != _stamp(values, indices, indptr, row_perm):
-        return None
-    return record.by_dtype.get(dtype)
+    if record is not None and record.stamp == _stamp(values, indices, indptr, row_perm):
+        packed = record.by_dtype.get(dtype)
+        if packed is not None:
+            return packed
+    return _make((values, indices, indptr, row_perm), k, tile_k, dtype) if make else None
 
 
 def _key(values: torch.Tensor, k: int, tile_k: int) -> tuple[Any, ...]:
