@@ -5,8 +5,8 @@
 In torch 2.11 on an H200 cuSPARSELt's own search ended in an internal error and took the CUDA context with it
 (2026-11-22). No report of that was found. torch gives the search a workspace of the size that the default algorithm
 needs, while NVIDIA's sample gives it none, so that one of the searched algorithms may want more. Hence two ways: the
-library's search and, where that fails, every algorithm by its number, checked and timed here (without split-k). The
-process says what it tries before it tries it; if it dies of that, the next one leaves it out.
+library's search and, where that fails for every layout, every algorithm by its number, checked and timed here (without
+split-k). The process says what it tries before it tries it; if it dies of that, the next one leaves it out.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ __all__ = ["LAYOUTS", "Choice", "found_for", "layouts", "run", "search_layout"]
 
 LAYOUTS = ("W @ X", "W @ X, transposed result", "W @ X.T.t()", "W @ X.T.t(), transposed result")
 LIBRARY = "library"
-ALGORITHMS, FAILURES = 64, 3
-"""Numbers that are tried, and failures in a row that mean that there are no more algorithms."""
+NUMBERS, FAILURES = tuple(map(str, range(64))), 3
+"""Algorithms that are tried one by one, and failures in a row that mean that there are no more."""
 SEARCH_S, RESTARTS = 60.0, 4
 """Seconds for all layouts together; processes that may die for one layout."""
 
@@ -75,8 +75,10 @@ def is_alive(device: str) -> bool:
     return True
 
 
-def attempts(layout: str, shape: Shape, skip: Sequence[str], device: str) -> Iterator[dict[str, Any]]:
-    """Try the library's search, then each algorithm, on one product: what is tried, what failed, what is best."""
+def attempts(
+    layout: str, shape: Shape, steps: Sequence[str], skip: Sequence[str], device: str
+) -> Iterator[dict[str, Any]]:
+    """Try each step, `LIBRARY` or an algorithm's number, on one product: what is tried, what failed, what is best."""
     o = Operands(shape, device)
     x, is_transposed = layouts(o)[layout]
     sparse, dense = two_of_four(o)
@@ -84,7 +86,7 @@ def attempts(layout: str, shape: Shape, skip: Sequence[str], device: str) -> Ite
     reference = reference.t() if is_transposed else reference
     times: dict[str, tuple[float, dict[str, int]]] = {}
     failures = 0
-    for step in (LIBRARY, *map(str, range(ALGORITHMS))):
+    for step in steps:
         if step in skip:
             continue
         yield {"try": step}
@@ -118,7 +120,7 @@ def try_layout(layout: str, order: dict[str, Any], device: str, say: Callable[[d
     """Try one layout on all shapes of an order; 1 as soon as nothing more can be tried in this process."""
     skip = list(order["skip"])
     for shape in order["shapes"]:
-        for event in attempts(layout, Shape(*shape), skip, device):
+        for event in attempts(layout, Shape(*shape), order["steps"], skip, device):
             say(event)
             if "failed" in event:
                 if not event["is_alive"]:
@@ -145,7 +147,11 @@ def events_of(command: Sequence[str], order: dict[str, Any], seconds: float) -> 
 
 
 def search_layout(
-    layout: str, shapes: Sequence[Shape], seconds: float, command: Sequence[str] = (sys.executable, __file__)
+    layout: str,
+    shapes: Sequence[Shape],
+    steps: Sequence[str],
+    seconds: float,
+    command: Sequence[str] = (sys.executable, __file__),
 ) -> tuple[dict[Shape, Choice], list[str]]:
     """The best algorithm of each shape for one layout, as far as there is time; and what failed."""
     budget = Budget(seconds)
@@ -154,9 +160,10 @@ def search_layout(
     why: list[str] = []
     for _ in range(1 + RESTARTS):
         left = [astuple(shape) for shape in shapes if shape not in found]
-        if not left or budget.is_spent:
+        if not left or budget.is_spent or set(steps) <= set(skip):
             break
-        events, code = events_of([*command, layout], {"shapes": left, "skip": skip}, budget.seconds - budget.used_s)
+        order = {"shapes": left, "steps": list(steps), "skip": skip}
+        events, code = events_of([*command, layout], order, budget.seconds - budget.used_s)
         trying = ""
         for event in events:
             trying = event.get("try", "" if "shape" in event else trying)
@@ -181,10 +188,13 @@ def search(shapes: tuple[Shape, ...]) -> tuple[dict[str, dict[Shape, Choice]], l
     found: dict[str, dict[Shape, Choice]] = {}
     why: list[str] = []
     cheap_first = sorted(shapes, key=lambda shape: shape.flops)
-    for number, layout in enumerate(LAYOUTS):
-        share = max(0.0, budget.seconds - budget.used_s) / (len(LAYOUTS) - number)
-        found[layout], failed = search_layout(layout, cheap_first, share)
-        why += failed
+    for steps in ((LIBRARY,), NUMBERS):
+        for number, layout in enumerate(LAYOUTS):
+            share = max(0.0, budget.seconds - budget.used_s) / (len(LAYOUTS) - number)
+            found[layout], failed = search_layout(layout, cheap_first, steps, share)
+            why += failed
+        if any(found.values()):  # one by one is a search without split-k, and takes a minute
+            break
     for line in why:
         print(f"  cuSPARSELt search: {line}", file=sys.stderr)
     return found, why

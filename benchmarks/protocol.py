@@ -6,9 +6,9 @@
        What cannot be captured is launched behind a kernel that sleeps until the host is done ("events").
     3. All subjects of a comparison are timed in turns, round by round, so that clocks and temperature meet all of them
        (on the CPU one after the other: see `_measure_host`).
-    4. Two loads. "burst": samples of half a millisecond with pauses between them, so that the card keeps its clock:
-       what one product takes. "sustained": samples of 2 ms without pauses, dense and sparse in turns, at the card's
-       power limit: what a stream of nothing but products takes.
+    4. Two loads. "burst": samples of half a millisecond with longer pauses between them, so that the card keeps its
+       clock: what one product takes. "sustained": samples of 2 ms without pauses, dense and sparse in turns, at the
+       card's power limit: what a stream of nothing but products takes.
     5. Median, 10th and 90th percentile over the rounds. `inputs` says "warm" (one set of operands, replayed) or
        "rotated" (as many sets in turn as exceed the L2 cache twice).
     6. Every row goes to the CSV as soon as it is known, with the error of its check and the clock it ran at.
@@ -47,7 +47,10 @@ __all__ = [
 ROUNDS = 15
 SAMPLE_US = 2000.0  # a replay begins 5 to 10 us after its event: with few launches that time would count as theirs
 """Device time of one sample: enough launches that the resolution of the events (0.5 us) stays below 0.1 %."""
-BURST_SAMPLE_US, BURST_PAUSE_S = 500.0, 0.01
+BURST_SAMPLE_US, BURST_PAUSES, BURST_PAUSE_S = 500.0, 5.0, 0.01
+"""A pause lasts this many times as long as a sample and its untimed replay, but no longer than these seconds."""
+MOST_LAUNCHES, SLOW_US = 300, 5e3
+"""Most launches of a sample; and a launch so long that one is enough."""
 STEADY_S = 0.4
 """Seconds of running after which the clock has found its place under the power limit; samples before that depend on
 what ran before (with 0.03 s two runs of the tables differed by up to 5 %)."""
@@ -115,6 +118,11 @@ class _Runner(Protocol):
         """Start one sample; what is returned gives its microseconds per launch once the device is done."""
 
 
+def _launches(sample_us: float, once_us: float, calls: int) -> int:
+    """Launches of a sample, a multiple of the number of calls: at least three, where 300 are not too few."""
+    return calls * -(-max(min(round(sample_us / max(once_us, 0.5)), MOST_LAUNCHES), 3) // calls)
+
+
 class _Graph:
     """Replays of a captured graph on a stream of its own."""
 
@@ -123,17 +131,32 @@ class _Graph:
     def __init__(self, calls: Sequence[Call], sample_us: float) -> None:
         self.stream = _side_stream()
         with torch.cuda.stream(self.stream):
-            once_us = _estimate_us(calls)
-            turns = -(-max(min(round(sample_us / max(once_us, 0.5)), 300), 3) // len(calls))
-            self.launches = turns * len(calls)
-            self.graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                for number in range(self.launches):
-                    calls[number % len(calls)]()
-            finally:
-                self.graph.capture_end()
+            self._capture(calls, _launches(sample_us, _estimate_us(calls), len(calls)))
+            wanted = _launches(sample_us, self._replay_us() / self.launches, len(calls))
+            if wanted > 1.25 * self.launches:  # the host was slower than the device: more of them fit
+                self._capture(calls, wanted)
+
+    def _capture(self, calls: Sequence[Call], launches: int) -> None:
+        """Into `graph`, so many launches, the calls in turns."""
+        self.launches = launches
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        self.graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for number in range(launches):
+                calls[number % len(calls)]()
+        finally:
+            self.graph.capture_end()
+
+    def _replay_us(self) -> float:
+        """Microseconds of a replay, with its start."""
+        self.graph.replay()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        self.graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1e3
 
     def sample(self) -> Callable[[], float]:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -160,7 +183,7 @@ class _Events:
                 call()
             host_us = (time.perf_counter() - start) * 1e6 / len(calls)
             torch.cuda.synchronize()
-        turns = -(-max(min(round(sample_us / max(once_us, 0.5)), 40), 1 if once_us > 5e3 else 2) // len(calls))
+        turns = -(-max(min(round(sample_us / max(once_us, 0.5)), 40), 1 if once_us > SLOW_US else 2) // len(calls))
         self.launches = turns * len(calls)
         self.sleep_cycles = int(min(50_000.0, 200.0 + 1.5 * host_us * self.launches) * 1980)
 
@@ -237,18 +260,19 @@ def measure(
             runner.sample()
         torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in runners}
-    clock = None
+    clock, last_us = None, dict[str, float]()
     for number in range(rounds):
         pending = {}
         for name, runner in runners.items():
             if is_burst:
                 torch.cuda.synchronize()
-                time.sleep(BURST_PAUSE_S)
+                time.sleep(min(BURST_PAUSE_S, BURST_PAUSES * 2e-6 * last_us.get(name, sample_us)))
             pending[name] = runner.sample()
         clock = clock if number else sm_clock_mhz()  # read while the device is busy
         torch.cuda.synchronize()
         for name, read in pending.items():
             samples[name].append(read())
+            last_us[name] = samples[name][-1] * runners[name].launches
     return {n: summarise(samples[n], r.launches, r.method, clock) for n, r in runners.items()}
 
 
@@ -306,6 +330,8 @@ def eager_us(call: Call, device: str = "cuda", *, device_us: float = 0.0, batche
     """
     is_cuda = device.startswith("cuda")
     calls = int(min(20.0, max(3.0, 5e3 / max(device_us, 1.0))))
+    if device_us > SLOW_US:
+        calls, batches = 1, 3
     found = []
     collects = gc.isenabled()
     gc.disable()

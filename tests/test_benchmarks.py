@@ -94,12 +94,24 @@ def test_graph_times_are_those_of_one_launch(device: FakeDevice) -> None:
     assert times["fast"].method == "graph" and times["fast"].sm_mhz == 1755 and device.slept == 0
 
 
+def test_a_slow_host_does_not_shorten_the_samples(device: FakeDevice) -> None:
+    """Three launches of 10 us take 60 us each where the host needs as long to start one; in a graph they do not."""
+
+    def call() -> None:
+        device.work(10.0 if device.recording is not None else 60.0)
+
+    timing = protocol.measure({"small": call}, warm_s=0.0)["small"]
+    assert timing.launches == 200 and timing.median_us == pytest.approx(10.0)
+    rotated = protocol.measure({"small": [call] * 7}, warm_s=0.0)["small"]
+    assert rotated.launches == 203
+
+
 def test_bursts_pause_before_every_sample(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(protocol.time, "sleep", pauses.append)
     calls = {"fast": lambda: device.work(10.0), "slow": lambda: device.work(2000.0)}
     times = protocol.measure(calls, rounds=4, load="burst")
-    assert pauses == [protocol.BURST_PAUSE_S] * 8
+    assert pauses == pytest.approx([0.005, 0.005] + [0.005, 0.01] * 3)  # "slow" takes 6 ms at least, not half of one
     assert times["fast"].launches == 50 and times["slow"].launches == 3
     assert times["fast"].median_us == pytest.approx(10.0)
     protocol.measure(calls, rounds=4, load="sustained", warm_s=0.0)
@@ -284,6 +296,31 @@ def test_groups_share_the_time_and_pass_on_what_they_leave() -> None:
     assert bench_peers.share_of(groups[-1:], 33.0) == 33.0 and bench_peers.share_of(groups, -5.0) == 0.0
 
 
+def test_what_compiles_is_compiled_ahead_in_processes_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = bench_peers.tasks_ahead(list(peers.GROUPS), "cuda")
+    kinds = [peers.GROUPS[group][int(number)].compiles for group, number, _ in (task.split(":") for task in tasks)]
+    assert kinds.count("shape") == len(cases.PEER_SHAPES) and kinds.count("all") == 9 and len(set(tasks)) == len(tasks)
+    assert bench_peers.tasks_ahead(["cusparse"], "cuda") == []
+    called: list[tuple[Any, ...]] = []
+
+    def prepare(o: peers.Operands, sparsity: float) -> list[peers.Variant]:
+        called.append((o.shape, sparsity, peers.TUNE_S))
+        return [peers.Variant("a", lambda: o.w @ o.x, o.w)]
+
+    monkeypatch.setitem(peers.GROUPS, "main", [peers.Peer("a", "any", prepare, compiles="shape")])
+    monkeypatch.setattr(peers, "TUNE_S", 6.0)
+    assert bench_peers.tasks_ahead(["main"], "cpu") == ["main:0:0"]
+    assert bench_peers.main(["--device", "cpu", "--ahead", "main:0:0"]) == 0
+    assert called == [(bench_peers.CPU_SHAPES[0], s, peers.TUNE_AHEAD_S) for s in bench_peers.SPARSITIES]
+    sleeps = tmp_path / "sleeps.py"
+    sleeps.write_text("import sys, time\ntime.sleep(60 if 'main:0:0' in sys.argv else 0)\n")
+    monkeypatch.setattr(bench_peers, "__file__", str(sleeps))
+    assert 1.0 <= bench_peers.compile_ahead(["main"], "cpu", 1.0) < 10.0
+    assert "main:0:0 ended with code -9" in capsys.readouterr().out
+
+
 def test_small_shapes_come_first() -> None:
     flops = [shape.flops for shape in bench_peers.shapes_of("cuda")]
     assert flops == sorted(flops) and set(bench_peers.shapes_of("cuda")) == set(cases.PEER_SHAPES)
@@ -367,7 +404,8 @@ for shape in order["shapes"]:
 def test_a_search_goes_on_without_what_killed_its_process(crashes: tuple[str, ...]) -> None:
     shapes = [cases.Shape("a", 64, 64, 16), cases.Shape("b", 64, 64, 32)]
     program = CRASHING.replace("CRASHES", repr(crashes)).replace("CODE", "7")
-    found, why = cusparselt_search.search_layout("W @ X", shapes, 60.0, (sys.executable, "-c", program))
+    steps = ("library", "0", "1", "2")
+    found, why = cusparselt_search.search_layout("W @ X", shapes, steps, 60.0, (sys.executable, "-c", program))
     assert {shape: choice.text for shape, choice in found.items()} == dict.fromkeys(shapes, f"{len(crashes)} left out")
     assert [line.rpartition(":")[0] for line in why] == [f"W @ X, {step}" for step in crashes]
     assert all("ended with code 7" in line for line in why)
@@ -375,11 +413,39 @@ def test_a_search_goes_on_without_what_killed_its_process(crashes: tuple[str, ..
 
 def test_a_search_that_never_begins_is_not_repeated() -> None:
     command = (sys.executable, "-c", "import sys; sys.exit(3)")
-    found, why = cusparselt_search.search_layout("W @ X", [cases.Shape("a", 64, 64, 16)], 60.0, command)
+    shapes = [cases.Shape("a", 64, 64, 16)]
+    found, why = cusparselt_search.search_layout("W @ X", shapes, ("library", "4"), 60.0, command)
     assert not found and why == ["W @ X: its process ended with code 3"]
     hanging = (sys.executable, "-c", 'import time; print(\'{"try": "4"}\', flush=True); time.sleep(60)')
-    found, why = cusparselt_search.search_layout("W @ X", [cases.Shape("a", 64, 64, 16)], 1.0, hanging)
+    found, why = cusparselt_search.search_layout("W @ X", shapes, ("library", "4"), 1.0, hanging)
     assert not found and why == ["W @ X, 4: not done within 1 s"]
+
+
+def test_a_search_ends_when_nothing_is_left_to_try() -> None:
+    program = CRASHING.replace("CRASHES", "('library',)").replace("CODE", "7")
+    shapes = [cases.Shape("a", 64, 64, 16)]
+    found, why = cusparselt_search.search_layout("W @ X", shapes, ("library",), 60.0, (sys.executable, "-c", program))
+    assert not found and why == ["W @ X, library: its process ended with code 7"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_algorithms_are_numbered_only_where_no_layout_could_be_searched(
+    works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, tuple[str, ...]]] = []
+    shape, choice = cases.Shape("a", 64, 64, 16), cusparselt_search.Choice({"alg_id": 2}, "algorithm 2")
+
+    def search_layout(layout: str, shapes: Any, steps: tuple[str, ...], seconds: float) -> Any:
+        asked.append((layout, steps))
+        return ({shape: choice}, []) if works and layout == cusparselt_search.LAYOUTS[2] else ({}, [f"{layout}: no"])
+
+    monkeypatch.setattr(cusparselt_search, "search_layout", search_layout)
+    cusparselt_search.search.cache_clear()
+    found, why = cusparselt_search.search((shape,))
+    cusparselt_search.search.cache_clear()
+    rounds = [("library",)] if works else [("library",), cusparselt_search.NUMBERS]
+    assert asked == [(layout, steps) for steps in rounds for layout in cusparselt_search.LAYOUTS]
+    assert any(found.values()) == works and len(why) == (3 if works else 8)
 
 
 @pytest.mark.parametrize("layout", cusparselt_search.LAYOUTS)
@@ -406,7 +472,8 @@ def test_algorithms_are_tried_one_by_one(layout: str, library: str, monkeypatch:
         step: protocol.summarise([{"0": 5.0, "2": 3.0}.get(step, 4.0)], 1, "host") for step in subjects
     })  # fmt: skip
     events: list[dict[str, Any]] = []
-    order = {"shapes": [("a", 64, 48, 16), ("b", 32, 64, 16)], "skip": []}
+    steps = [cusparselt_search.LIBRARY, *cusparselt_search.NUMBERS]
+    order = {"shapes": [("a", 64, 48, 16), ("b", 32, 64, 16)], "steps": steps, "skip": []}
     assert cusparselt_search.try_layout(layout, order, "cpu", events.append) == 0
     json.dumps(events)
     tried = [event["try"] for event in events if "try" in event]
@@ -430,7 +497,7 @@ def test_a_dead_context_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cusparselt_search, "library_search", dies)
     monkeypatch.setattr(cusparselt_search, "is_alive", lambda device: False)
     events: list[dict[str, Any]] = []
-    order = {"shapes": [("a", 64, 48, 16)], "skip": []}
+    order = {"shapes": [("a", 64, 48, 16)], "steps": [cusparselt_search.LIBRARY], "skip": []}
     assert cusparselt_search.try_layout("W @ X", order, "cpu", events.append) == 1 and len(events) == 2
 
 
