@@ -6,7 +6,8 @@
 
 `F.linear`'s meaning, token-major x and result. Weights "rotated" through copies that exceed the L2 cache twice come
 from device memory, as in a model, where each product has the first of the next one's fetched into L2
-(`shflnb/kernels/skinny_ahead.py`); "warm" ones may be in L2. Dense is the better of `W @ X` and `F.linear`, timed in
+(`shflnb/kernels/skinny_ahead.py`); "warm" ones may be in L2. All copies are multiplied with one x, which is in L2 as in
+a model, where it has just been written. Dense is the better of `W @ X` and `F.linear`, timed in
 turns. GB/s counts the packed matrix once; its share of a copy that was measured in the same run stands beside it.
 Writes `<gpu>.skinny.csv` and `<gpu>.skinny.machine.json`. Exit code 1 if a result was wrong.
 """
@@ -89,15 +90,15 @@ def time_group(
         rotations(shape.m * shape.k // 4, device) if first.inputs == "rotated" else 1
     )  # float16 at 87.5 %, the smallest
     dense_sets = rotations(shape.m * shape.k * 2, device) if first.inputs == "rotated" else 1
-    xs = [random_tensor(shape.n, shape.k, dtype, device, 100 + i) for i in range(sets)]
-    outs = [torch.empty(shape.n, shape.m, dtype=xs[0].dtype, device=device) for _ in xs]
-    subjects, _ = checked_dense(shape, dtype, [x.t().contiguous() for x in xs[:dense_sets]], "matmul", device)
+    x = random_tensor(shape.n, shape.k, dtype, device, 100)
+    out = torch.empty(shape.n, shape.m, dtype=x.dtype, device=device)
+    subjects, _ = checked_dense(shape, dtype, [x.t().contiguous()] * dense_sets, "matmul", device)
     checked, wrong = [], 0
     for case in cases:
         packed = weights.packed(case)
-        calls = sparse_calls(case, packed, xs, outs)
-        reference = xs[0].float() @ weights.dense(packed).float().t()
-        error, is_right = check(calls[0], reference, dtype, poison=outs[0])
+        calls = sparse_calls(case, packed, [x] * sets, [out] * sets)
+        reference = x.float() @ weights.dense(packed).float().t()
+        error, is_right = check(calls[0], reference, dtype, poison=out)
         checked.append((case, packed, error))
         wrong += not is_right
         if is_right:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from .launch import DeviceContext, DeviceMemory, is_capturing
-from .skinny_config import TILE_K, SkinnyConfig
+from .skinny_config import FIRST_PLACES, TILE_K, SkinnyConfig
 
 __all__ = ["AHEAD_BYTES", "Successor", "ahead_table", "following"]
 
@@ -35,16 +35,23 @@ def ahead_table(records: np.ndarray, addresses: np.ndarray, config: SkinnyConfig
         Where the k tiles of each record count from: of its values and its columns.
     """
     ranks = np.arange(config.ranks, dtype=np.uint64)
-    first, tiles = (records[:, i, None].astype(np.uint64) for i in (1, 2))
-    begin, end = tiles * ranks // config.ranks, tiles * (ranks + 1) // config.ranks  # as `skinny_wgmma.make_own_tiles`
+    group, first, tiles = (records[:, i, None].astype(np.uint64) for i in (0, 1, 2))
+    # as `make_own_tiles` and `first_place` of `skinny_wgmma.py`
+    begin, end = tiles * ranks // config.ranks, tiles * (ranks + 1) // config.ranks
+    place = (group * FIRST_PLACES % 2**32) * (end - begin) >> 32
     tile_bytes = np.array([config.w_bytes, TILE_K * 4], np.uint64)
-    most = max(1, AHEAD_BYTES // (begin.size * int(tile_bytes.sum())))
-    count = np.minimum(end - begin, most)[..., None]
-    at = addresses[:, None, :] + (first + begin)[..., None] * tile_bytes
-    table = np.zeros((*at.shape, 4), np.uint32)
-    table[..., :2] = at[..., None].view(np.uint32)
-    table[..., 2] = count * tile_bytes
-    return table.reshape(-1, 4)[table[..., 2].ravel() > 0]
+    most = np.uint64(max(1, AHEAD_BYTES // (begin.size * int(tile_bytes.sum()))))
+    to_end = np.minimum(end - begin - place, most)
+    from_begin = np.minimum(place, most - to_end)  # where it goes on after the last tile
+    spans = []
+    for start, count in ((begin + place, to_end), (begin, from_begin)):
+        at = addresses[:, None, :] + (first + start)[..., None] * tile_bytes
+        table = np.zeros((*at.shape, 4), np.uint32)
+        table[..., :2] = at[..., None].view(np.uint32)
+        table[..., 2] = count[..., None] * tile_bytes
+        spans.append(table)
+    table = np.concatenate([span.reshape(-1, 4) for span in spans])
+    return table[table[:, 2] > 0]
 
 
 class Following(Protocol):

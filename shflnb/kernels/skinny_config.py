@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
-__all__ = ["ACTIVATED", "BARRIER_BYTES", "FOURS", "ID_SLOTS", "MAX_N", "PARTS_RANKS", "STITCHERS", "TILE_K",
+__all__ = ["ACTIVATED", "BARRIER_BYTES", "FIRST_PLACES", "FOURS", "MAX_N", "PARTS_RANKS", "TILE_K",
            "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of",
            "has_parts", "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens"]  # fmt: skip
 
@@ -17,11 +17,12 @@ MAX_N = 64
 TILE_K = 64
 """Kept columns of a stage."""
 
-STITCHERS, ID_SLOTS = 4, 8
-"""Warps that stitch x, and stages of column ids that each keeps in shared memory, a power of two."""
-
 BARRIER_BYTES = 512
 """Shared memory of the barriers."""
+
+FIRST_PLACES = 0x9E3779B1
+"""A group begins at this multiple of its number, in 2**32-ths of its k tiles: the golden ratio's, so that any groups
+that run at once begin far apart."""
 
 MEMORY_BYTES_PER_US = 31_800.0
 """Bytes that a multiprocessor's share of device memory delivers: 4.2 TB/s over 132 of them (H200, 2026-11-22)."""
@@ -49,11 +50,12 @@ PARTS_RANKS = 4
 """Most blocks of a cluster where a matrix has parts: they have few groups only if all of them are small."""
 
 LONG_TILES = 48
-"""k tiles of a group from which eight blocks share it, if they stitch token-major x."""
+"""k tiles of a group from which eight blocks share it, if they stitch token-major x; and from which a block alone on
+its multiprocessor is better off with 17 to 32 columns."""
 
 TOKENS_SPREAD, TOKENS_SPREAD_SMALL = 56, 64
 """Tokens per share of kept columns up to which token-major x is stitched value by value: the fewer columns are kept,
-the fewer of a sector's values are. The second where k is small, and m or the number of tokens: alone in a stream both
+the fewer of a sector's values are. The second where m is small, or k and the number of tokens: alone in a stream both
 ways take as long with 16 tokens at 75 %, but behind another library's kernel each launch more is a microsecond."""
 
 TOKENS_NARROW = 0.4
@@ -85,6 +87,8 @@ class SkinnyConfig:
     """Whether x is token-major; else it is feature-major, its rows at 16-byte boundaries."""
     parts: bool = False
     """Whether there are several packed matrices, each with its own result (`skinny_parts.py`)."""
+    stitchers: int = 4
+    """Warps that stitch x, each a stage at a time: 4 or 8, and no more than there are stages."""
 
     def __post_init__(self) -> None:
         if self.v not in (16, 32, 64, 128) or self.chunks not in (2, 4, 8):
@@ -97,6 +101,9 @@ class SkinnyConfig:
             raise ArgumentError(f"epilogue is {self.epilogue!r}; expected one of {EPILOGUES}")
         if self.blocks_per_sm not in (1, 2) or not 4 <= self.stages <= 20:
             raise ArgumentError(f"{self.blocks_per_sm} blocks, {self.stages} stages; expected 1 or 2, and 4 to 20")
+        if self.stitchers not in (4, 8) or self.stitchers > self.stages:
+            raise ArgumentError(f"{self.stitchers} stitching warps, {self.stages} stages; expected 4 or 8, and as many "
+                                "stages")  # fmt: skip
         room = _smem_room(self.blocks_per_sm)
         if self.smem_bytes > room:
             raise ArgumentError(f"{self.smem_bytes} bytes of shared memory; {self.blocks_per_sm} blocks have {room}")
@@ -134,12 +141,22 @@ class SkinnyConfig:
     @property
     def threads(self) -> int:
         """Threads of a block: 4 warps multiply, others stitch x, one copies weights."""
-        return 32 * (4 + STITCHERS + 1)
+        return 32 * (4 + self.stitchers + 1)
+
+    @property
+    def id_slots(self) -> int:
+        """Stages of column ids that a stitching warp keeps in shared memory, a power of two."""
+        return 8 if self.stitchers == 4 else 4
+
+    @property
+    def ids_ahead(self) -> int:
+        """A stitching warp's stages between the fetch of ids and their use; the slots outnumber it by two."""
+        return 5 if self.stitchers == 4 else 2
 
     @property
     def ids_bytes(self) -> int:
         """Shared memory of the column ids on their way, for all stitching warps."""
-        return STITCHERS * ID_SLOTS * TILE_K * 4
+        return self.stitchers * self.id_slots * TILE_K * 4
 
     @property
     def exchange_bytes(self) -> int:
@@ -156,6 +173,7 @@ class SkinnyConfig:
         """The kernel's name, as a profiler shows it."""
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
         ways = f"{'_tokens' if self.token_major else ''}{'_parts' if self.parts else ''}"
+        ways += "" if self.stitchers == 4 else f"_w{self.stitchers}"
         return (f"shflbw_skinny90_{kind}_v{self.v}_n{8 * self.chunks}_r{self.ranks}_s{self.stages}"
                 f"_b{self.blocks_per_sm}{ways}_{self.epilogue}")  # fmt: skip
 
@@ -175,10 +193,12 @@ def room_for(n: int) -> int:
 
 
 def config_of(
-    v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int, *, token_major: bool = False, parts: bool = False
-) -> SkinnyConfig:
+    v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int, *, token_major: bool = False, parts: bool = False,
+    stitchers: int = 4,
+) -> SkinnyConfig:  # fmt: skip
     """The kernel for n columns and this many ranks, with as many stages as fit."""
-    base = SkinnyConfig(v, room_for(n) // 8, ranks, 4, dtype, blocks_per_sm=1, token_major=token_major, parts=parts)
+    base = SkinnyConfig(v, room_for(n) // 8, ranks, stitchers, dtype, blocks_per_sm=1, token_major=token_major,
+                        parts=parts, stitchers=stitchers)  # fmt: skip
     rest = base.smem_bytes - base.stages * base.stage_bytes
     stages = min(20, (_smem_room(blocks_per_sm) - rest) // base.stage_bytes)
     return replace(base, stages=stages, blocks_per_sm=blocks_per_sm)
@@ -190,11 +210,12 @@ def choose_config(
 ) -> SkinnyConfig:  # fmt: skip
     """The kernel for a packed matrix of so many groups and k tiles in all, on a device of so many multiprocessors.
 
-    By measurement over layers of language models at 50 to 87.5 % (H200, 2026-11-22; H100, 2026-11-26): every
+    By measurement over layers of language models at 50 to 87.5 % (H200, 2026-11-22; H100, 2026-11-26 and 27): every
     multiprocessor needs about a group of 64 rows; with up to 32 columns and 16 tiles a group, two ranks are a few
     percent better than one (their blocks end closer to each other), and with token-major x and very long groups eight;
-    two blocks share an SM unless a stage is large, or there is one for each anyway. With `parts` there are fewer
-    kernels to choose from, so that there are fewer to compile and check.
+    two blocks share an SM unless a stage is large, or there is one for each anyway: then eight warps stitch token-major
+    x, and with 17 to 32 columns groups must be long, for the next product's blocks find no room meanwhile. With `parts`
+    there are fewer kernels to choose from, so that there are fewer to compile and check.
     """
     work = groups * v / 64
     ranks = next((r for r in (1, 2, 4) if r * work >= FILLED * sm_count), 8)
@@ -204,7 +225,14 @@ def choose_config(
         ranks = 8
     ranks = min(ranks, v // 8, PARTS_RANKS if parts else 8)
     is_wide = v == 128 or (room_for(n) == 64 and ranks * work < 2 * FILLED * sm_count and not parts)
-    return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major, parts=parts)
+    stitchers = 4
+    if ranks == 2 and 2 * groups <= sm_count and v < 128 and not parts:
+        if token_major:
+            is_wide, stitchers = True, 8
+        elif room_for(n) == 32:
+            is_wide = tiles >= LONG_TILES * groups
+    return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major, parts=parts,
+                     stitchers=stitchers)  # fmt: skip
 
 
 def memory_us(nbytes: int, sm_count: int) -> float:
@@ -219,7 +247,7 @@ def predict_us(nbytes: int, sm_count: int) -> float:
 
 def takes_tokens(m: int, k: int, n: int, v: int, density: float) -> bool:
     """Whether the product stitches token-major x itself, at this share of kept columns; else it is turned first."""
-    is_small = k <= 8192 and (n <= 8 or m <= 8192)
+    is_small = m <= 8192 or (k <= 8192 and n <= 8)
     spread = TOKENS_SPREAD_SMALL if is_small else TOKENS_SPREAD
     return n <= 16 and n <= spread * density * (1.0 if v >= 64 else TOKENS_NARROW)
 

@@ -5,10 +5,10 @@
 The bytes of the weights are the cost, so a block is small (two to an SM: one stores while the other streams) and does
 three things at once:
 
-    warp 8       copies packed weights, 64 kept columns a stage, as far ahead as the ring goes. It does not wait for the
+    last warp    copies packed weights, 64 kept columns a stage, as far ahead as the ring goes. It does not wait for the
                  kernel before this one in the stream: weights are constants
-    warps 4..7   stitch: each takes every fourth stage and copies the rows of x its columns name, 16 bytes (8 tokens) a
-                 thread; x is small and stays in L2. Of token-major x, two columns a thread, value by value
+    4 or 8 more  stitch: each takes every so many-th stage and copies the rows of x its columns name, 16 bytes (8
+                 tokens) a thread; x is small and stays in L2. Of token-major x, two columns a thread, value by value
     warps 0..3   multiply: D[64 tokens, v rows] += x.T @ W, whatever the number of tokens; rows of D for tokens that do
                  not exist hold anything and go nowhere
 
@@ -66,14 +66,13 @@ from .ptx_cluster import (
     ld_shared_u32,
     low_halves,
 )
-from .skinny_config import BARRIER_BYTES, ID_SLOTS, STITCHERS, TILE_K, SkinnyConfig
+from .skinny_config import BARRIER_BYTES, FIRST_PLACES, TILE_K, SkinnyConfig
 from .skinny_exchange import make_finish, make_own_place
 
 __all__ = ["make_skinny_wgmma"]
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
 
-IDS_AHEAD = 5  # of a stitching warp's stages between the fetch of ids and their use; the slots must outnumber it by two
 SWIZZLE_BITS = {2: 3 << 62, 4: 2 << 62, 8: SWIZZLE_128B}
 # the swizzle of row r is r % 8 of 8 chunks, r // 2 % 4 of 4, r // 4 % 2 of 2
 SWIZZLES = {2: (2, 1), 4: (1, 3), 8: (0, 7)}
@@ -89,6 +88,15 @@ def make_own_tiles(config: SkinnyConfig) -> Callable[..., Any]:
         return u32(first + begin), u32(u32((tiles * u32(rank + u32(1))) >> u32(shift)) - begin)
 
     return own_tiles
+
+
+@cuda.jit(device=True, forceinline=True)
+def first_place(group, count):
+    """Which of a block's `count` k tiles comes first: for each group at another place of x.
+
+    Blocks that all begin at the same place ask the same few lines of L2 for x at the same time.
+    """
+    return u32((u64(u32(group * u32(FIRST_PLACES))) * u64(count)) >> u64(32))
 
 
 def make_own_origin(config: SkinnyConfig, place: int) -> Callable[..., Any]:
@@ -121,7 +129,8 @@ def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
         entry, origin = ld_global_nc_v4(queue), own_origin(queue, values)
         while entry[2] > u32(0):
             own = own_tiles(entry[1], entry[2], rank)
-            source = origin + u64(own[0]) * u64(w_bytes)
+            place = first_place(entry[0], own[1])
+            source = origin + u64(u32(own[0] + place)) * u64(w_bytes)
             queue += turn_bytes
             entry, origin = ld_global_nc_v4(queue), own_origin(queue, values)
             for _ in range(own[1]):
@@ -130,6 +139,9 @@ def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
                 mbarrier_arrive_expect_tx(full_at, u32(w_bytes))
                 bulk_copy_g2s(u32(base + stage * u32(stage_bytes) + u32(x_bytes)), source, u32(w_bytes), full_at)
                 source += u64(w_bytes)
+                place = u32(place + u32(1))
+                if place == own[1]:  # the tiles before the first one come last
+                    source -= u64(own[1]) * u64(w_bytes)
                 stage = u32(stage + u32(1))
                 if stage == u32(stages):
                     stage = u32(0)
@@ -183,14 +195,15 @@ def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
 
 
 def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function of a warp: the stitched x of every fourth stage."""
+    """Device function of a warp: the stitched x of its stages, every so many-th of the block's."""
     chunks, row_bytes, stages, stage_bytes = config.chunks, config.row_bytes, config.stages, config.stage_bytes
     own_tiles, own_origin = make_own_tiles(config), make_own_origin(config, 1)
     lane_rows = 2 * chunks  # rows of a stage that a lane copies a chunk of
     fours = lane_rows // 4
     coarse, mask = SWIZZLES[chunks]
     token_major, stitch_tokens = config.token_major, make_stitch_tokens(config)
-    slot_bytes, ring_bytes, wait_ids = TILE_K * 4, ID_SLOTS * TILE_K * 4, cp_async_wait[IDS_AHEAD - 1]
+    stitchers, ids_ahead = config.stitchers, config.ids_ahead
+    slot_bytes, ring_bytes, wait_ids = TILE_K * 4, config.id_slots * TILE_K * 4, cp_async_wait[ids_ahead - 1]
 
     def make_copies(cut):
         """Device function that starts the copies of a stage; `cut`: n ends inside a chunk."""
@@ -229,7 +242,7 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
             beyond = u32(0x80000000)
         ids = cuda.local.array(lane_rows, u32)
         stage, phase = member, u32(1)
-        # the ids of a stage are asked for IDS_AHEAD of this warp's stages before their use. `coming`: stages whose ids
+        # the ids of a stage are asked for ids_ahead of this warp's stages before their use. `coming`: stages whose ids
         # are on their way; `step`: the next one, inside a record of `count`
         entry, origin = ld_global_nc_v4(queue), own_origin(queue, columns)
         following, next_origin = entry, origin  # of the record after it, asked for early
@@ -238,9 +251,10 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
             following, next_origin = ld_global_nc_v4(queue), own_origin(queue, columns)
         own = own_tiles(entry[1], entry[2], rank)
         count, step, tiles = own[1], member, entry[2]
+        before = first_place(entry[0], count)
         ids_at = origin + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
         to_slot, slot, lead, coming = u32(0), u32(0), u32(0), u32(0)
-        while lead < u32(IDS_AHEAD) or coming > u32(0):
+        while lead < u32(ids_ahead) or coming > u32(0):
             while step >= count and tiles > u32(0):  # this warp's next stage: in one of the records that follow
                 step = u32(step - count)
                 entry, origin = following, next_origin
@@ -250,19 +264,23 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
                     following, next_origin = ld_global_nc_v4(queue), own_origin(queue, columns)
                 own = own_tiles(entry[1], tiles, rank)
                 count = own[1]
+                before = first_place(entry[0], count)
                 ids_at = origin + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
             if tiles > u32(0):
+                place = u32(step + before)
+                if place >= count:
+                    place = u32(place - count)
                 if lane < u32(16):
-                    cp_async_16_whole(u32(id_ring + to_slot + lane * u32(16)), ids_at + u64(step) * u64(TILE_K * 4))
+                    cp_async_16_whole(u32(id_ring + to_slot + lane * u32(16)), ids_at + u64(place) * u64(TILE_K * 4))
                 to_slot = u32((to_slot + u32(slot_bytes)) & u32(ring_bytes - 1))
-                step = u32(step + u32(STITCHERS))
+                step = u32(step + u32(stitchers))
                 coming = u32(coming + u32(1))
             cp_async_commit()
-            if lead < u32(IDS_AHEAD):
+            if lead < u32(ids_ahead):
                 lead = u32(lead + u32(1))
-                if lead == u32(IDS_AHEAD):
+                if lead == u32(ids_ahead):
                     grid_wait()  # x may be the work of the kernel before; ids and queue never are
-            if lead == u32(IDS_AHEAD) and coming > u32(0):
+            if lead == u32(ids_ahead) and coming > u32(0):
                 coming = u32(coming - u32(1))
                 wait_ids()
                 warp_sync()
@@ -287,7 +305,7 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
                         copy_whole(to, ids, pitch, x_at, room, beyond)
                     cp_async_mbarrier_arrive_noinc(u32(full + stage * u32(8)))
                 slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
-                stage = u32(stage + u32(STITCHERS))
+                stage = u32(stage + u32(stitchers))
                 if stage >= u32(stages):
                     stage = u32(stage - u32(stages))
                     phase = u32(phase ^ u32(1))
@@ -332,7 +350,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     the part. rows is the table of `make_own_place`.
     """
     stages, stage_bytes, ranks, token_warps = config.stages, config.stage_bytes, config.ranks, config.token_warps
-    registers, barriers = config.v // 2, stages * stage_bytes
+    registers, barriers, streamer = config.v // 2, stages * stage_bytes, 4 + config.stitchers
     id_rings = barriers + BARRIER_BYTES
     exchange = id_rings + config.ids_bytes
     own_tiles, stream_weights, stitch = make_own_tiles(config), make_stream_weights(config), make_stitch(config)
@@ -365,7 +383,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
         if ranks > 1:
             cluster_arrive_relaxed()  # the others' barriers are set up once this has been waited for
         grid_launch_dependents()
-        if warp == u32(8):
+        if warp == u32(streamer):
             if lane == u32(0):
                 stream_weights(base, full, empty, values, own_queue, turn_bytes, rank)
                 fetch_ahead(ahead, u32(aheads), block, u32(cuda.gridDim.x))

@@ -147,21 +147,22 @@ def test_few_columns(v: int, n: int, m: int, k: int, sms: int, ranks: int, monke
 
 
 MANY = [
-    # v, n, ranks, whether the product stitches token-major x
-    (64, 16, 4, False), (32, 64, 2, False), (64, 30, 8, False), (16, 9, 1, False), (128, 40, 2, False),
-    (64, 16, 4, True), (32, 7, 2, True), (64, 13, 8, True), (16, 9, 1, True), (128, 1, 2, True),
+    # v, n, ranks, whether the product stitches token-major x, warps that stitch
+    (64, 16, 4, False, 4), (32, 64, 2, False, 4), (64, 30, 8, False, 4), (16, 9, 1, False, 4), (128, 40, 2, False, 4),
+    (64, 16, 4, True, 8), (32, 7, 2, True, 8), (64, 13, 8, True, 4), (16, 9, 1, True, 4), (128, 1, 2, True, 8),
+    (64, 16, 2, True, 8), (64, 16, 2, False, 8),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("v", "n", "ranks", "token_major"), MANY)
+@pytest.mark.parametrize(("v", "n", "ranks", "token_major", "stitchers"), MANY)
 def test_groups_outnumber_clusters(
-    v: int, n: int, ranks: int, token_major: bool, monkeypatch: pytest.MonkeyPatch
+    v: int, n: int, ranks: int, token_major: bool, stitchers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One cluster for many groups: buffers and barriers are used again and again; some ranks have no columns."""
     device = install(monkeypatch, EmulatedDevice(1, sm_count=1))
     monkeypatch.setattr(device, "sm_count", ranks)  # one cluster of them
     packed = random_packed(6 * v - 3, 300, v, [300, 0, 64, 1, 130, 200], dtype="bfloat16", seed=v, integers=True)
-    config = few_config(v, n, ranks, "bfloat16", 1, token_major=token_major)
+    config = few_config(v, n, ranks, "bfloat16", 1, token_major=token_major, stitchers=stitchers)
     monkeypatch.setattr(skinny_plan, "choose_config", lambda *_, **__: config)
     monkeypatch.setattr(device_call, "takes_tokens", lambda *_: token_major)
     x = integers(np.random.default_rng(n), (n, 300), "bfloat16")

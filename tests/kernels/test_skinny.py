@@ -27,7 +27,8 @@ from shflnb.kernels.skinny_plan import kernel_spec
     ("wrong", "message"),
     [
         ({"v": 48}, "v = 48"), ({"chunks": 1}, "chunks = 1"), ({"ranks": 3}, "ranks = 3"), ({"ranks": 8}, "v / 8 = 4"),
-        ({"stages": 3}, "3 stages"), ({"stages": 21}, "21 stages"), ({"dtype": "float32"}, "float32"),
+        ({"stages": 3}, "3 stages"), ({"stitchers": 6}, "6 stitching warps"), ({"stitchers": 8}, "8 stitching warps"),
+        ({"stages": 21}, "21 stages"), ({"dtype": "float32"}, "float32"),
         ({"epilogue": "tanh"}, "tanh"), ({"blocks_per_sm": 3}, "3 blocks"), ({"stages": 20, "chunks": 8}, "bytes of"),
     ],
 )  # fmt: skip
@@ -64,7 +65,8 @@ def test_every_choice_is_a_kernel_that_the_registry_knows() -> None:
         # measured best, or within 3 % of it, at 75 % on one H200 (2026-11-22) or H100 (2026-11-26)
         (28672, 4096, 64, 1, 2, 2), (28672, 4096, 64, 16, 2, 2), (28672, 4096, 64, 32, 2, 2),
         (28672, 4096, 64, 64, 1, 2),
-        (4096, 14336, 64, 8, 2, 2), (4096, 14336, 64, 32, 2, 2), (4096, 14336, 64, 64, 2, 1), (4096, 4096, 64, 8, 2, 2),
+        (4096, 14336, 64, 8, 2, 2), (4096, 14336, 64, 32, 2, 1), (4096, 4096, 64, 32, 2, 2),
+        (4096, 14336, 64, 64, 2, 1), (4096, 4096, 64, 8, 2, 2),
         (6144, 4096, 64, 16, 2, 2), (1024, 4096, 64, 1, 8, 2), (28672, 4096, 128, 16, 2, 1),
         (4096, 14336, 128, 8, 2, 1),
         (4096, 14336, 32, 16, 2, 2), (28672, 4096, 32, 64, 1, 2),
@@ -90,6 +92,24 @@ def test_long_groups_of_token_major_x_are_split_further(v: int, k: int, sparsity
     assert config.ranks == ranks
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "v", "n", "blocks", "stitchers"),
+    [
+        # measured best with token-major x on one H100 (2026-11-27)
+        (4096, 4096, 64, 1, 1, 8), (4096, 4096, 64, 16, 1, 8), (6144, 4096, 64, 16, 2, 4), (28672, 4096, 64, 8, 2, 4),
+        (4096, 14336, 64, 16, 2, 4), (4096, 4096, 32, 4, 2, 4), (4096, 4096, 128, 16, 1, 4),
+    ],
+)  # fmt: skip
+def test_blocks_alone_on_a_multiprocessor_stitch_with_more_warps(
+    m: int, k: int, v: int, n: int, blocks: int, stitchers: int
+) -> None:
+    groups = m // v
+    config = choose_config(v, n, groups, groups * (k // 4 // 64), "float16", 132, token_major=True)
+    assert (config.blocks_per_sm, config.stitchers) == (blocks, stitchers)
+    joined = choose_config(v, n, groups, groups * (k // 4 // 64), "float16", 132, token_major=True, parts=True)
+    assert joined.stitchers == 4
+
+
 def test_the_crossovers() -> None:
     assert has_few_columns(MAX_N, (9, 0)) and not has_few_columns(MAX_N + 1, (9, 0))
     assert not has_few_columns(1, (8, 0)) and not has_few_columns(1, (10, 0))
@@ -99,7 +119,8 @@ def test_the_crossovers() -> None:
     small, long = (4096, 4096), (4096, 14336)
     assert takes_tokens(*small, 16, 64, 0.25) and not takes_tokens(*small, 17, 64, 1.0)
     assert takes_tokens(*small, 8, 128, 0.125) and not takes_tokens(*small, 8, 32, 0.25)
-    assert takes_tokens(*long, 14, 64, 0.25) and not takes_tokens(*long, 16, 64, 0.25)
+    assert takes_tokens(*long, 16, 64, 0.25) and not takes_tokens(*long, 9, 64, 0.125)
+    assert takes_tokens(28672, 8192, 8, 64, 0.25) and not takes_tokens(28672, 14336, 16, 64, 0.25)
     assert takes_tokens(*long, 16, 64, 0.5) and takes_tokens(*small, 4, 32, 0.25)
     assert takes_tokens(28672, 4096, 8, 64, 0.125) and not takes_tokens(28672, 4096, 16, 64, 0.25)
     assert not takes_tokens(*small, 1, 64, 0.0)
