@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench_all
 import bench_peers
 import bench_spmm
 import cases
@@ -609,3 +610,34 @@ def test_results_grow_row_by_row(tmp_path: Path) -> None:
     results.close()
     records.Results(tmp_path / "x.csv", ("a", "b"), append=True).close()
     assert (tmp_path / "x.csv").read_text() == "a,b\n1,\n"
+
+
+@pytest.mark.parametrize("level", list(bench_all.PARTS))
+def test_all_scripts_fit_into_the_time(level: str) -> None:
+    parts, seconds = bench_all.PARTS[level], bench_all.SECONDS[level]
+    assert sum(part.least_s for part in parts) <= seconds
+    assert all((Path(bench_all.__file__).parent / part.command[0]).exists() for part in parts)
+    for slow in (False, True):
+        left = seconds
+        for number, part in enumerate(parts):
+            share = bench_all.share_of(parts[number:], left)
+            assert part.least_s <= share <= part.most_s
+            left -= share if slow else part.least_s
+        assert left >= 0
+    assert bench_all.share_of(parts, -5.0) == 0.0
+
+
+def test_one_script_that_fails_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in {"a": "sys.exit(3)", "b": "time.sleep(60)", "c": "print(sys.argv[1:])"}.items():
+        (tmp_path / f"{name}.py").write_text(f"import sys, time\n{text}\n")
+    parts = [bench_all.Part((f"{name}.py",), 0.0, 0.5, "--budget-s" if name == "c" else "") for name in "abc"]
+    monkeypatch.setitem(bench_all.PARTS, "full", parts)
+    monkeypatch.setattr(bench_all, "__file__", str(tmp_path / "bench_all.py"))
+    monkeypatch.setattr(bench_all, "GRACE_S", 2.0)
+    assert bench_all.main(["--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert "exit code 3" in said and "longer than its time" in said and "of 0 s, exit code 0" in said
+    monkeypatch.setitem(bench_all.PARTS, "full", parts[2:])
+    assert bench_all.main(["--budget-s", "30"]) == 0

@@ -55,7 +55,7 @@ def _few_configs() -> Iterator[SkinnyConfig]:
                         if not token_major or tokens == 16:
                             config = config_of(v, tokens, ranks, dtype, blocks, token_major=token_major)
                             yield config
-                            if ranks == 2 and blocks == 2 and (token_major or tokens == 32):
+                            if v == 64 and ranks == 2 and (token_major or tokens == 32):
                                 yield config_of(v, tokens, ranks, dtype, 1, token_major=token_major,
                                                 stitchers=8 if token_major else 4)  # fmt: skip
                             if has_parts(v) and ranks <= PARTS_RANKS and (blocks == 2 or v == 128):

@@ -226,7 +226,7 @@ def choose_config(
     ranks = min(ranks, v // 8, PARTS_RANKS if parts else 8)
     is_wide = v == 128 or (room_for(n) == 64 and ranks * work < 2 * FILLED * sm_count and not parts)
     stitchers = 4
-    if ranks == 2 and 2 * groups <= sm_count and v < 128 and not parts:
+    if v == 64 and ranks == 2 and 2 * groups <= sm_count and not parts:
         if token_major:
             is_wide, stitchers = True, 8
         elif room_for(n) == 32:
