@@ -16,6 +16,7 @@ from shflnb.errors import ArgumentError, DeviceError, DtypeError
 from shflnb.kernels import remembered
 from shflnb.kernels.config import Config, Problem
 from shflnb.kernels.select import candidates, choose, table_key
+from shflnb.kernels.skinny_select import LAYOUTS, few_candidates, few_key
 from shflnb.kernels.spmm_plan import problem_of
 from shflnb.machine import find_cuda
 from shflnb.reference import matmul_definition
@@ -106,6 +107,17 @@ def test_the_report_is_text_and_json() -> None:
     )
 
 
+def test_the_report_tells_layouts_of_few_columns_apart() -> None:
+    problem = Problem(192, 160, 8, 64, "float16", 120, 40)
+    one, two = few_candidates(64, 8, "float16")[:2]
+    times = (Measured(two, 4.0, 0.1), Measured(one, 5.0, 0.1))
+    report = TuneReport("A GPU", tuple(
+        Tuned(problem, few_key(problem, layout), one, times, (), times[0], 1.0, layout) for layout in LAYOUTS
+    ), True)  # fmt: skip
+    assert f"n = 8, token-major x: {two.name}, 4.0 us (1.25x over {one.name}; roof 1.0 us)" in str(report)
+    assert [r["layout"] for r in json.loads(json.dumps(report.as_dict()))["results"]] == list(LAYOUTS)
+
+
 def test_the_table_takes_the_least_total_loss_of_a_bucket() -> None:
     found = [tuned(960, {A: 10.0, B: 11.0, C: 30.0}, A), tuned(1024, {A: 20.0, B: 11.0, C: 10.0}, A)]
     assert loss_of(found[0], C) == 3.0 and loss_of(found[1], B) == 1.1
@@ -188,6 +200,16 @@ def test_explain_says_where_a_config_came_from(packed: Any, monkeypatch: pytest.
     assert shflnb.explain(packed, 4096, device="H200").config != other.name
 
 
+def test_explain_knows_what_was_tuned_for_few_columns(packed: Any) -> None:
+    rule = shflnb.explain(packed, 8, device="H200")
+    assert rule.reason.endswith("; the rule") and "up to 64 columns" in rule.reason
+    other = next(c for c in few_candidates(64, 8, "float16") if c.name != rule.config and c.token_major)
+    packed.launch_cache["tuned"] = {few_key(problem_of(packed, 8), "token"): remembered.entry_of(other)}
+    found = shflnb.explain(packed, 8, device="H200")
+    assert found.config == other.name and found.reason.endswith("nothing is turned; tuned here")
+    assert shflnb.explain(packed, 9, device="H200").reason.endswith("; the rule")
+
+
 def test_explain_refuses(packed: Any) -> None:
     for n in (0, -4, 2.5, None):
         with pytest.raises(ArgumentError, match="number of columns"):
@@ -230,3 +252,26 @@ def test_tuning_on_this_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert found.is_here and found.registers and found.blocks_per_sm >= 1 and found.reason == "tuned here"
     shflnb.tuning.forget_device(0)
     assert "tuned here" not in shflnb.explain(random_pattern(1024, 1024, 64, 256), 960).reason
+
+
+@pytest.mark.gpu(min_capability=(9, 0))
+def test_tuning_few_columns_on_this_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every kernel is right and timed for both layouts; calls take the best one, also those of the short road."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(remembered, "cache_dir", lambda: tmp_path / "kernels")  # compiled kernels stay where they are
+    monkeypatch.setattr(remembered, "_TABLES", {})
+    packed = random_pattern(1024, 1024, 64, 256)
+    x = torch.randn(16, 1024, device="cuda").half()
+    before = shflnb.linear(x, packed)
+    report = shflnb.tune(packed, n=16)
+    print(report)
+    assert report.is_on_disk and [result.layout for result in report.results] == list(LAYOUTS)
+    for result in report.results:
+        assert not result.rejected and all(0.5 < m.us < 1e4 for m in result.measured)
+        assert {m.config for m in result.measured} >= set(few_candidates(64, 16, "float16", result.layout))
+    for _ in range(2):
+        assert float((shflnb.linear(x, packed).float() - before.float()).abs().max()) < 0.1
+    taken = {plan.kernel.spec.name for key, plan in packed.launch_cache.items() if key[0] == "skinny plan"}
+    assert report.results[1].best.config.name in taken
+    assert shflnb.explain(packed, 16).reason.endswith("tuned here")
+    shflnb.tuning.forget_device(0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import ArgumentError
 from ..formats.shflbw import ShflBWMatrix
 from .config import Config, ceil_div
 from .launch import device_context
 from .memo import FewColumnsMemo
 from .operands import ALIGNED, HAS_RESIDUAL, is_row_major
-from .skinny_config import stores_directly, takes_tokens
-from .skinny_plan import SkinnyRoad, launch_skinny, skinny_plan, turn_of_out, turn_of_x
+from .skinny_config import SkinnyConfig, stores_directly
+from .skinny_plan import SkinnyRoad, chosen_config, launch_skinny, skinny_plan, turn_of_out, turn_of_x
+from .skinny_select import fits_few
 from .spmm_plan import Plan, copy_spec, plan_for, tokens_at_once, transpose_launch
 from .transpose_config import transpose_flags
 from .views import DeviceView, current_stream, device_view, new_matrix
@@ -98,18 +100,25 @@ def epilogue_of(activation: str | None, is_added_to: bool) -> str:
 
 
 def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residual: Any, activation: str | None,
-            out_shape: tuple[int, ...], out_stride: tuple[int, ...] | None = None) -> FewColumnsMemo:  # fmt: skip
+            out_shape: tuple[int, ...], out_stride: tuple[int, ...] | None = None,
+            config: SkinnyConfig | None = None) -> FewColumnsMemo:  # fmt: skip
     """The product with few columns between checked operands.
 
     Each is (address, features, tokens, feature stride, token stride). The memo is for an x and a result of these
-    strides at aligned addresses, without residual.
+    strides at aligned addresses, without residual. Without a config the choice is `skinny_select.choose_few`'s.
     """
     context, stream = call.context, call.stream_handle
     m, k = call.packed.shape
     epilogue = epilogue_of(activation, bool(bias[0]) or residual is not None)
     address, _, _, feature_stride, token_stride = x
-    token_major = feature_stride == 1 and takes_tokens(m, k, n, call.packed.v, call.packed.density)
-    plan = skinny_plan(call.packed, context, n, epilogue, stream, token_major=token_major)
+    layout = "token" if feature_stride == 1 else "feature"
+    if config is None:
+        config = chosen_config(call.packed, context, n, layout, stream)
+    elif not fits_few(config, call.packed.v, n, call.packed.dtype, layout):
+        raise ArgumentError(f"{config.name} cannot take {n} columns of {layout}-major {call.packed.dtype}, "
+                            f"v = {call.packed.v}")  # fmt: skip
+    token_major = config.token_major
+    plan = skinny_plan(call.packed, context, config, epilogue, stream)
     turn_in, ldx = None, token_stride if token_major else feature_stride
     is_rows = (n == 1 or token_stride == 1) and address % 16 == 0 and feature_stride % 8 == 0
     if not (token_major or (is_rows and n <= feature_stride < 2**31)):

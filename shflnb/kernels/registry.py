@@ -12,9 +12,10 @@ from dataclasses import replace
 from .config import EPILOGUES
 from .launch import KernelSpec
 from .select import candidates
-from .skinny_config import PARTS_RANKS, SkinnyConfig, config_of, has_parts
+from .skinny_config import PARTS_RANKS, SkinnyConfig, has_parts
 from .skinny_plan import kernel_spec as skinny_spec
 from .skinny_plan import turn_in_spec, turn_out_spec
+from .skinny_select import few_candidates
 from .spmm_plan import copy_spec, kernel_spec, transpose_spec
 
 __all__ = ["FAMILIES", "TARGETS", "all_specs", "capability_of"]
@@ -46,20 +47,13 @@ def _moves(arch: str) -> Iterator[KernelSpec]:
 
 
 def _few_configs() -> Iterator[SkinnyConfig]:
-    """What `skinny_config.choose_config` takes on an H200, and the other numbers of ranks."""
-    for v in (16, 32, 64, 128):
-        for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
-            for tokens in (16, 32, 64):
-                for blocks in (1,) if v == 128 else (2, 1) if tokens == 64 else (2,):
-                    for dtype, token_major in itertools.product(("float16", "bfloat16"), (False, True)):
-                        if not token_major or tokens == 16:
-                            config = config_of(v, tokens, ranks, dtype, blocks, token_major=token_major)
-                            yield config
-                            if v == 64 and ranks == 2 and (token_major or tokens == 32):
-                                yield config_of(v, tokens, ranks, dtype, 1, token_major=token_major,
-                                                stitchers=8 if token_major else 4)  # fmt: skip
-                            if has_parts(v) and ranks <= PARTS_RANKS and (blocks == 2 or v == 128):
-                                yield replace(config, parts=True)
+    """All that `skinny_select.choose_few` may take, and those for several matrices at once."""
+    for v, tokens, dtype in itertools.product((16, 32, 64, 128), (16, 32, 64), ("float16", "bfloat16")):
+        for config in few_candidates(v, tokens, dtype):
+            yield config
+            is_common = config.stitchers == 4 and (config.blocks_per_sm == 2 or v == 128)
+            if has_parts(v) and config.ranks <= PARTS_RANKS and is_common:
+                yield replace(config, parts=True)
 
 
 def _few_columns(arch: str) -> Iterator[KernelSpec]:

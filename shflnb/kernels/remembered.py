@@ -20,12 +20,15 @@ from typing import Any
 from ..errors import ArgumentError
 from .compiler import cache_dir
 from .config import Config
+from .skinny_config import SkinnyConfig
 
 __all__ = ["entry_of", "forget", "load", "store", "table_path", "valid_entries"]
 
 FORMAT = 1
 LOCK_SECONDS = 10.0
-NOT_KEPT = ("dtype", "epilogue")  # a tiling serves every dtype and epilogue
+NOT_KEPT = ("dtype", "epilogue", "parts")  # a tiling serves every dtype and epilogue
+KINDS: tuple[tuple[str, type[Config] | type[SkinnyConfig]], ...] = (("few v", SkinnyConfig), ("v", Config))
+"""How the keys of entries begin, and what the entries are the fields of."""
 
 _TABLES: dict[str, dict[str, dict[str, Any]]] = {}
 _LOCK = threading.Lock()
@@ -37,7 +40,7 @@ def table_path(device_name: str) -> Path:
     return cache_dir().parent / "tuned" / f"{name}.json"
 
 
-def entry_of(config: Config) -> dict[str, Any]:
+def entry_of(config: Config | SkinnyConfig) -> dict[str, Any]:
     """What a table keeps of a config."""
     return {name: value for name, value in asdict(config).items() if name not in NOT_KEPT}
 
@@ -46,12 +49,15 @@ def valid_entries(entries: Any) -> dict[str, dict[str, Any]]:
     """The entries that name a config this version can build; a table from elsewhere may hold anything."""
     good: dict[str, dict[str, Any]] = {}
     for key, entry in entries.items() if isinstance(entries, dict) else ():
-        try:
-            config = Config(**entry)
-        except (TypeError, ArgumentError):
-            continue
-        if isinstance(key, str) and key.startswith(f"v{config.v} "):
-            good[key] = entry_of(config)
+        for start, kind in KINDS:
+            if isinstance(key, str) and key.startswith(start):
+                try:
+                    config = kind(**entry)
+                except (TypeError, ArgumentError):
+                    break
+                if key.startswith(f"{start}{config.v} "):
+                    good[key] = entry_of(config)
+                break
     return good
 
 
@@ -66,7 +72,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def load(device_name: str) -> Mapping[str, dict[str, Any]]:
-    """The remembered entries of a device, read once per process: `select.table_key` -> fields of a Config."""
+    """The remembered entries of a device, read once per process.
+
+    `select.table_key` -> fields of a Config, `skinny_select.few_key` -> fields of a SkinnyConfig.
+    """
     found = _TABLES.get(device_name)
     if found is None:
         with _LOCK:

@@ -122,7 +122,7 @@ def make_finish(config: SkinnyConfig) -> tuple[Callable[..., Any], Callable[...,
     store_four = make_store_four(config)
     unit_bytes, buffer_bytes = token_warps * 512, config.exchange_bytes // 2
     helpers = 4 // token_warps  # warps that share the units of 16 tokens
-    shares = max(1, octets // helpers)
+    shares, half = max(1, octets // helpers), (octets + 1) // 2
 
     @cuda.jit(device=True, forceinline=True)
     def begin(targets, rows, group, warp, lane, rank):
@@ -135,12 +135,18 @@ def make_finish(config: SkinnyConfig) -> tuple[Callable[..., Any], Callable[...,
                 targets[2 * i + 1] = two[1]
 
     @cuda.jit(device=True, forceinline=True)
+    def store_octet(acc, targets, i, token, n, out, ot, of, bias, residual, rt, rf, flags):
+        store_four(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3], targets[2 * i], targets[2 * i + 1],
+                   token, n, out, ot, of, bias, residual, rt, rf, flags)  # fmt: skip
+
+    @cuda.jit(device=True, forceinline=True)
     def finish_alone(acc, targets, exchange, arrived, turn, rank, warp, lane, n, out, ot, of, bias, residual, rt, rf,
                      flags):  # fmt: skip
         token = u32(warp * u32(16) + (lane >> u32(2)))
-        for i in range(octets):
-            store_four(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3], targets[2 * i], targets[2 * i + 1],
-                       token, n, out, ot, of, bias, residual, rt, rf, flags)  # fmt: skip
+        for i in range(half):  # in two loops: one of 16 with GELU stays a loop, and its accumulators go to local memory
+            store_octet(acc, targets, i, token, n, out, ot, of, bias, residual, rt, rf, flags)
+        for i in range(half, octets):
+            store_octet(acc, targets, i, token, n, out, ot, of, bias, residual, rt, rf, flags)
 
     @cuda.jit(device=True, forceinline=True)
     def finish_together(acc, targets, exchange, arrived, turn, rank, warp, lane, n, out, ot, of, bias, residual, rt, rf,

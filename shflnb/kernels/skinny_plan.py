@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..formats.shflbw import ShflBWMatrix
+from . import remembered
 from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
@@ -19,14 +20,13 @@ from .skinny_config import (
     TURN_OUT_FEATURES,
     TURN_THREADS,
     SkinnyConfig,
-    choose_config,
     config_of,
-    room_for,
 )
-from .spmm_plan import DeviceWeights, device_weights, keep
+from .skinny_select import choose_few
+from .spmm_plan import DeviceWeights, device_weights, keep, problem_of
 
-__all__ = ["SkinnyPlan", "SkinnyRoad", "find_room", "kernel_spec", "launch_skinny", "skinny_plan", "turn_of_out",
-           "turn_of_x", "turn_in_spec", "turn_out_spec"]  # fmt: skip
+__all__ = ["SkinnyPlan", "SkinnyRoad", "chosen_config", "find_room", "kernel_spec", "launch_skinny", "skinny_plan",
+           "turn_of_out", "turn_of_x", "turn_in_spec", "turn_out_spec"]  # fmt: skip
 
 ARGUMENTS = 17
 
@@ -130,19 +130,31 @@ def find_room(
     return config, kernel, min(clusters, groups)
 
 
-def skinny_plan(packed: ShflBWMatrix, context: DeviceContext, n: int, epilogue: str, stream: int, *,
-                token_major: bool = False) -> SkinnyPlan:  # fmt: skip
-    """The launch record for n columns; built at the first call with as many, in units of 16, then found again.
+def chosen_config(packed: ShflBWMatrix, context: DeviceContext, n: int, layout: str, stream: int) -> SkinnyConfig:
+    """The kernel for n columns of x of this layout, with the epilogue "plain"; found once for each n."""
+    key = ("few choice", context.ordinal, n, layout)
+    found: SkinnyConfig | None = packed.launch_cache.get(key)
+    if found is None:
+        weights = device_weights(packed, context, "sm90", TILE_K, stream)
+        known = {**remembered.load(context.name), **packed.launch_cache.get("tuned", {})}
+        tiles = int(weights.counts.sum())
+        found = choose_few(problem_of(packed, n), tiles, context.sm_count, layout, known).config
+        keep(packed, key, found)
+    return found
+
+
+def skinny_plan(
+    packed: ShflBWMatrix, context: DeviceContext, config: SkinnyConfig, epilogue: str, stream: int
+) -> SkinnyPlan:
+    """The launch record of a kernel with an epilogue; built at the first call that takes it, then found again.
 
     Raises `CaptureError` when it would have to compile or upload while `stream` is captured.
     """
-    key = ("skinny plan", context.ordinal, room_for(n), epilogue, token_major)
+    key = ("skinny plan", context.ordinal, 8 * config.chunks, epilogue, config)
     plan: SkinnyPlan | None = packed.launch_cache.get(key)
     if plan is None:
         weights = device_weights(packed, context, "sm90", TILE_K, stream)
-        tiles = int(weights.counts.sum())
-        groups, v = len(weights.counts), packed.block[0]
-        config = choose_config(v, n, groups, tiles, packed.dtype, context.sm_count, token_major=token_major)
+        groups = len(weights.counts)
         config, kernel, clusters = find_room(config.with_epilogue(epilogue), groups, context, stream)
         queue, spans = _device_queue(packed, context, weights, config, clusters, stream)
         launch_config = kernel.config(clusters, cluster=config.ranks, is_chained=True)

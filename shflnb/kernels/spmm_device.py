@@ -33,6 +33,7 @@ from .operands import (
     turned,
 )
 from .select import has_few_columns
+from .skinny_config import SkinnyConfig
 from .spmm_plan import keep, tokens_at_once, transpose_launch
 from .transpose_config import transpose_flags
 from .views import device_view, new_matrix
@@ -48,7 +49,7 @@ def device_matmul(
     activation: str | None = None,
     residual: Any = None,
     out: Any = None,
-    config: Config | None = None,
+    config: Config | SkinnyConfig | None = None,
 ) -> Any:
     """out (m, n) = activation(W @ x + bias[:, None]) + residual on the device and current stream of x (k, n) or (k,).
 
@@ -90,8 +91,8 @@ def device_matmul(
     if m == 0 or n == 0:
         return result
     call = Call(packed, x, view)
-    if config is None and has_few_columns(n, call.context.capability):
-        few = run_few(call, rows, out_rows, n, bias_at, res_rows, activation, out_shape)
+    if isinstance(config, SkinnyConfig) or (config is None and has_few_columns(n, call.context.capability)):
+        few = run_few(call, rows, out_rows, n, bias_at, res_rows, activation, out_shape, config=config)
         if quick:
             keep(packed, memo_key("matmul", x, bias, activation), few)
         return result
@@ -111,7 +112,7 @@ def device_linear(
     residual: Any = None,
     out: Any = None,
     layout: str = "token",
-    config: Config | None = None,
+    config: Config | SkinnyConfig | None = None,
 ) -> Any:
     """activation(x @ W.T + bias) + residual, (..., k) -> (..., m).
 
@@ -175,16 +176,16 @@ def device_linear(
 
 
 def _enqueue_linear(
-    call: Call, x: Any, out: Any, bias: tuple[int, int], res: Any, activation: str | None, config: Config | None,
-    out_shape: tuple[int, ...], out_stride: tuple[int, ...] | None,
+    call: Call, x: Any, out: Any, bias: tuple[int, int], res: Any, activation: str | None,
+    config: Config | SkinnyConfig | None, out_shape: tuple[int, ...], out_stride: tuple[int, ...] | None,
 ) -> Any:  # fmt: skip
     """Launch `linear` by one of the two ways; returns the memo of such a call, or None.
 
     Operands are (address, tokens, features, token stride, feature stride); `out_stride` is None for contiguous results.
     """
     n = x[1]
-    if config is None and has_few_columns(n, call.context.capability):
-        return run_few(call, turned(x), turned(out), n, bias, turned(res), activation, out_shape, out_stride)
+    if isinstance(config, SkinnyConfig) or (config is None and has_few_columns(n, call.context.capability)):
+        return run_few(call, turned(x), turned(out), n, bias, turned(res), activation, out_shape, out_stride, config)
     run_linear(call, x, out, bias, res, activation, config)
     m, k = call.packed.shape
     is_feature = x[3] == 1 and x[4] % 8 == 0 and n <= x[4] < 2**31  # as the product reads it, without a copy

@@ -6,7 +6,7 @@ Plans, weights and queues are kept in the packed matrix's `launch_cache`.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from .remembered import load as remembered_entries
 from .select import Choice, choose, linear_tokens, sweep_of
 from .transpose_config import COPY_THREADS, TRANSPOSE_THREADS, transpose_grid, transpose_smem
 
-__all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "keep", "kernel_spec", "plan_for",
-           "problem_of", "tokens_at_once", "transpose_launch", "transpose_spec"]  # fmt: skip
+__all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "drop_plans", "keep", "kernel_spec",
+           "plan_for", "problem_of", "tokens_at_once", "transpose_launch", "transpose_spec",
+           "weight_copies"]  # fmt: skip
 
 PLANS_KEPT = 1024  # launch records a packed matrix keeps; a model whose batch changes at every call stays bounded
 NO_ROW = np.uint32(0xFFFFFFFF)
@@ -156,6 +157,23 @@ def device_weights(
     return found
 
 
+def weight_copies(
+    packed: ShflBWMatrix, context: DeviceContext, kernel: str, tile_k: int, count: int
+) -> list[ShflBWMatrix]:
+    """So many matrices equal to this one, each with its own device memory in the layout of a kernel.
+
+    For measuring with weights that no cache holds.
+    """
+    layout = (to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k)
+    arrays, first, counts = _kernel_arrays(layout, packed)
+    copies = [replace(packed) for _ in range(count)]
+    for copy in copies:
+        with context.current():
+            weights = DeviceWeights(DeviceMemory(context, arrays), first, counts)
+        copy.launch_cache["weights", context.ordinal, kernel, tile_k] = weights
+    return copies
+
+
 def device_queue(
     packed: ShflBWMatrix, context: DeviceContext, weights: DeviceWeights, shape: tuple[int, int, int], stream: int
 ) -> DeviceMemory:
@@ -201,11 +219,17 @@ def plan_for(
 
 
 def keep(packed: ShflBWMatrix, key: Any, record: Any) -> None:
-    """Keep a plan or memo, after dropping all of them where they have become many.
-
-    They are cheap to make again; weights and queues stay, since a captured graph may hold their addresses.
-    """
+    """Keep a plan, memo or choice, after dropping all of them where they have become many."""
     if len(packed.launch_cache) > PLANS_KEPT:
-        for old in [k for k in packed.launch_cache if k[0] in ("plan", "memo")]:
-            packed.launch_cache.pop(old, None)
+        drop_plans(packed)
     packed.launch_cache[key] = record
+
+
+def drop_plans(packed: ShflBWMatrix) -> None:
+    """Forget plans, memos and choices of kernels, which are cheap to make again.
+
+    Weights and queues stay, since a captured graph may hold their addresses; so do the plans for few columns, which
+    hold for it what their products fetch ahead.
+    """
+    for old in [key for key in packed.launch_cache if key[0] in ("plan", "memo", "few choice")]:
+        packed.launch_cache.pop(old, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,15 @@ class Operand(DeviceView):
     """A matrix on a device that belongs to no framework, with the stream that its calls go to."""
 
     stream: int = 0
+    scratch: Callable[[int, int, str], Any] | None = None
+    """Where calls find their workspaces."""
+
+    def new_matrix(self, rows: int, cols: int) -> Operand:
+        """An uninitialised matrix of the same dtype for the time of a call, see `views.new_matrix`."""
+        if self.scratch is None:
+            raise DeviceError("an Operand has workspaces only from the Bench that made it")
+        found: Operand = self.scratch(rows, cols, self.dtype)
+        return found
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -45,6 +54,7 @@ class Bench:
     def __init__(self, context: DeviceContext) -> None:
         self.context = context
         self.driver = context.driver
+        self._scratch: dict[tuple[int, int, str], list[Operand]] = {}
 
     def __enter__(self) -> Bench:
         with self.context.current():
@@ -68,7 +78,20 @@ class Bench:
         padded = a if ld == cols else np.pad(a, ((0, 0), (0, ld - cols)))
         with self.context.current():
             memory = DeviceMemory(self.context, [padded])
-        return Operand(memory.addresses[0], (rows, cols), (ld, 1), dtype, self.context.ordinal, memory, self.stream)
+        return Operand(memory.addresses[0], (rows, cols), (ld, 1), dtype, self.context.ordinal, memory, self.stream,
+                       self._workspace)  # fmt: skip
+
+    def _workspace(self, rows: int, cols: int, dtype: str) -> Operand:
+        """One of two matrices of this size in turns, so that both workspaces of a call are there; kept until the end.
+
+        Calls on one stream may share them, and a captured graph finds them again.
+        """
+        pair = self._scratch.setdefault((rows, cols, dtype), [])
+        if len(pair) < 2:
+            pair.append(self.matrix(np.zeros((rows, cols), np.uint16), dtype))
+        else:
+            pair.reverse()
+        return pair[-1]
 
     def poison(self, operand: Operand) -> None:
         """Fill an operand with NaN, behind everything in the stream."""
@@ -86,18 +109,23 @@ class Bench:
             check_driver(self.driver.cuMemcpyDtoH(host.ctypes.data, operand.address, host.nbytes), "a copy to the host")
         return host[:, :cols]
 
-    def median_us(self, call: Callable[[], Any], rounds: int = 7) -> float:
-        """Device time of one call in microseconds: the median over replays of a CUDA graph of several calls."""
+    def median_us(self, call: Callable[[], Any] | Sequence[Callable[[], Any]], rounds: int = 7) -> float:
+        """Device time of one call in microseconds: the median over replays of a CUDA graph of several calls.
+
+        Several calls are taken in turns, each as often as the others.
+        """
+        calls = [call] if callable(call) else list(call)
         with self.context.current():
-            call()
-            call()
-            once = self._elapsed_us(call)
-            launches = int(max(1, min(MOST_LAUNCHES, SAMPLE_US / max(once, 1.0))))
+            for one in [*calls, *calls]:
+                one()
+            once = self._elapsed_us(calls[0])
+            turns = max(1, int(min(MOST_LAUNCHES, SAMPLE_US / max(once, 1.0))) // len(calls))
+            launches = turns * len(calls)
             mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
             check_driver(self.driver.cuStreamBeginCapture(self._stream, mode), "capturing a graph")
             try:
-                for _ in range(launches):
-                    call()
+                for number in range(launches):
+                    calls[number % len(calls)]()
             finally:
                 graph = check_driver(self.driver.cuStreamEndCapture(self._stream), "capturing a graph")
             ready = check_driver(self.driver.cuGraphInstantiate(graph, 0), "making a graph")

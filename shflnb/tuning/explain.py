@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import ArgumentError, DeviceError, ShflnbError
 from ..formats.shflbw import ShflBWMatrix
-from ..kernels.config import Config, ceil_div, smem_limit
+from ..kernels.config import Config, Problem, ceil_div, smem_limit
 from ..kernels.select import Choice, choose, has_few_columns, roof_us
-from ..kernels.skinny_config import MAX_N, TILE_K, choose_config, memory_us, stores_directly, takes_tokens
+from ..kernels.skinny_config import MAX_N, TILE_K, memory_us, stores_directly
 from ..kernels.skinny_config import predict_us as predict_few_us
+from ..kernels.skinny_select import choose_few
 from ..machine import cpu_name, find_cuda
 
 if TYPE_CHECKING:
@@ -165,9 +168,9 @@ def _explain(
     from ..kernels.spmm_plan import kernel_spec, problem_of
 
     problem = problem_of(half, n)
-    if has_few_columns(n, capability):
-        return _few_columns(half, packed, n, name, capability, sm_count, ordinal)
     table = {**remembered.load(name), **half.launch_cache.get("tuned", {})}
+    if has_few_columns(n, capability):
+        return _few_columns(half, packed, problem, name, sm_count, ordinal, table)
     choice = choose(problem, capability, sm_count, name, table)
     config = choice.config
     registers, resident = (
@@ -188,29 +191,29 @@ def _explain(
 def _few_columns(
     half: ShflBWMatrix,
     packed: ShflBWMatrix,
-    n: int,
+    problem: Problem,
     name: str,
-    capability: tuple[int, int],
     sm_count: int,
     ordinal: int | None,
+    table: Mapping[str, Any],
 ) -> Explanation:
-    """The kernel for few columns reads the packed bytes once: device memory is its roof."""
+    """The kernel for few columns of token-major x reads the packed bytes once: device memory is its roof."""
     from ..kernels.skinny_plan import kernel_spec
 
-    m, k = half.shape
-    groups, tiles = half.groups, int((-(-half.counts // TILE_K)).sum())
-    token_major = takes_tokens(m, k, n, half.v, half.density)
-    config = choose_config(half.v, n, groups, tiles, half.dtype, sm_count, token_major=token_major)
+    m, k, n = problem.m, problem.k, problem.n
+    groups, tiles = half.groups, int(np.maximum(1, -(-half.counts // TILE_K)).sum())
+    choice = choose_few(problem, tiles, sm_count, "token", table)
+    config = choice.config
     registers, resident = (None, config.blocks_per_sm) if ordinal is None else _ask(kernel_spec(config), ordinal)
     nbytes = half.values.nbytes
     shared = "" if config.ranks == 1 else f", {config.ranks} blocks to a group"
-    turns = [] if token_major else ["x is turned before it"]
+    turns = [] if config.token_major else ["x is turned before it"]
     turns += [] if n == 1 or stores_directly(m, n) else ["the result is turned after it"]
     layout = f"; token-major: {' and '.join(turns) or 'one kernel, nothing is turned'}"
     return Explanation(
         m=m, k=k, n=n, v=half.v, dtype=half.dtype, density=packed.density, device=name, is_here=ordinal is not None,
         kernel=KERNELS["skinny"], config=config.name,
-        reason=f"up to {MAX_N} columns: the bytes of the weights are the cost{shared}{layout}",
+        reason=f"up to {MAX_N} columns: the bytes of the weights are the cost{shared}{layout}; {choice.reason}",
         threads=config.threads,
         smem_bytes=config.smem_bytes, registers=registers, blocks_per_sm=resident,
         blocks=config.ranks * min(groups, sm_count * config.blocks_per_sm // config.ranks),

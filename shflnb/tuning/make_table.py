@@ -24,6 +24,7 @@ from ..formats.shflbw import ShflBWMatrix
 from ..kernels.config import Config
 from ..kernels.remembered import entry_of
 from ..kernels.select import candidates, choose
+from ..kernels.skinny_config import SkinnyConfig
 from .tune import Tuned, measure_candidates
 
 __all__ = ["loss_of", "main", "pick", "random_pattern", "shapes_in"]
@@ -60,13 +61,13 @@ def random_pattern(m: int, k: int, v: int, kept: int) -> ShflBWMatrix:
     return ShflBWMatrix((m, k), (v, 64), indptr, indices, values, rng.permutation(m).astype(np.int32))
 
 
-def loss_of(found: Tuned, config: Config) -> float:
+def loss_of(found: Tuned, config: Config | SkinnyConfig) -> float:
     """How much slower a config is than the best; a config that did not run counts as ten times slower."""
     us = next((m.us for m in found.measured if m.config == config), 10 * found.measured[0].us)
     return us / found.measured[0].us
 
 
-def pick(found: Sequence[Tuned], rule: Sequence[Config]) -> Config | None:
+def pick(found: Sequence[Tuned], rule: Sequence[Config | SkinnyConfig]) -> Config | SkinnyConfig | None:
     """The config with the least total loss over the widths of one key, or None where the rule's are good enough."""
     pool = {m.config for t in found for m in t.measured}
     best = min(pool, key=lambda config: (sum(loss_of(t, config) for t in found), repr(config)))

@@ -1,6 +1,7 @@
 """`tune`: measure every candidate config on the device, each checked before it is timed, and remember the fastest.
 
-Choosing needs no tuning: without it the committed table or the rule of `kernels/select.py` decides.
+Choosing needs no tuning: without it the committed table or the rule of `kernels/select.py` decides, for few columns on
+Hopper that of `kernels/skinny_select.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from ..arrays import DTYPES
 from ..errors import ArgumentError, DeviceError, DtypeError
 from ..formats.shflbw import ShflBWMatrix
 from ..kernels.config import Config, Problem
-from ..kernels.select import candidates, choose, roof_us, table_key
+from ..kernels.select import candidates, choose, has_few_columns, roof_us, table_key
+from ..kernels.skinny_config import TILE_K, SkinnyConfig, memory_us
+from ..kernels.skinny_select import LAYOUTS, few_candidates, few_key
 from ..machine import find_cuda
 
-__all__ = ["Measured", "TuneReport", "Tuned", "forget_device", "measure_candidates", "tune"]
+__all__ = ["Measured", "TuneReport", "Tuned", "forget_device", "measure_candidates", "measure_few", "tune"]
 
 KEEP_RULE = 1.01
 """The config that would run anyway stays unless another is this much faster: repeats differ by as much."""
+MOST_COPIES = 24
+"""Copies of the weights at most that few columns are measured with."""
 SAMPLE = 64
 """Rows and columns of the result that are compared with the definition in float64."""
 
@@ -30,18 +35,18 @@ SAMPLE = 64
 class Measured:
     """One config's device time in microseconds, and the largest error of its sampled outputs over their bound."""
 
-    config: Config
+    config: Config | SkinnyConfig
     us: float
     worst: float
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found for one n."""
+    """What was found for one n; for few columns, for one layout of x as well."""
 
     problem: Problem
     key: str
-    before: Config
+    before: Config | SkinnyConfig
     """What ran until now."""
     measured: tuple[Measured, ...]
     """All candidates that were right, fastest first."""
@@ -49,6 +54,8 @@ class Tuned:
     """Candidates that could not run or were wrong, with the reason."""
     best: Measured
     roof_us: float
+    layout: str = ""
+    """Of x and the result: "feature" or "token"; empty where it makes no difference to the kernel."""
 
     @property
     def before_us(self) -> float:
@@ -73,6 +80,7 @@ class TuneReport:
             "results": [
                 {
                     "n": t.problem.n,
+                    "layout": t.layout or None,
                     "before": t.before.name,
                     "before_us": None if np.isnan(t.before_us) else round(t.before_us, 2),
                     "best": t.best.config.name,
@@ -93,7 +101,8 @@ class TuneReport:
         for t in self.results:
             gain = "kept" if t.best.config == t.before else f"{t.before_us / t.best.us:.2f}x over {t.before.name}"
             lines.append(
-                f"  n = {t.problem.n}: {t.best.config.name}, {t.best.us:.1f} us ({gain}; roof {t.roof_us:.1f} us)"
+                f"  n = {t.problem.n}{_of_x(t.layout)}: {t.best.config.name}, {t.best.us:.1f} us ({gain}; "
+                f"roof {t.roof_us:.1f} us)"
             )
             lines += [f"    {m.us:9.1f} us  {m.config.name}" for m in t.measured]
             lines += [f"    left out     {text}" for text in t.rejected]
@@ -111,7 +120,9 @@ def tune(
     """Measure the candidate kernels for `packed` times n columns and use the fastest from now on.
 
     Every candidate's result is compared with the product by definition before it is timed; one that is wrong is left
-    out and named in the report. Times are medians over replays of a CUDA graph, on a stream of its own.
+    out and named in the report. Times are medians over replays of a CUDA graph, on a stream of its own. Few columns on
+    Hopper are measured twice, with feature-major and with token-major x, and with copies of the weights that exceed L2
+    twice, since there the weights come from device memory.
 
     Parameters
     ----------
@@ -129,7 +140,7 @@ def tune(
     Returns
     -------
     TuneReport
-        Printable; `results[i].measured` has all times.
+        Printable; `results[i].measured` has all times. One result for each n, two for few columns on Hopper.
 
     Raises
     ------
@@ -159,15 +170,20 @@ def tune(
     _device_name(device)
     from ..kernels import remembered
     from ..kernels.launch import device_context
+    from ..kernels.spmm_plan import drop_plans
 
     context = device_context(device)
-    results = tuple(measure_candidates(packed, width, context, progress) for width in widths)
+    results: list[Tuned] = []
+    for width in widths:
+        if has_few_columns(width, context.capability):
+            results += measure_few(packed, width, context, progress)
+        else:
+            results.append(measure_candidates(packed, width, context, progress))
     entries = {t.key: remembered.entry_of(t.best.config) for t in results}
     packed.launch_cache["tuned"] = {**packed.launch_cache.get("tuned", {}), **entries}
-    for old in [key for key in packed.launch_cache if key[0] in ("plan", "memo")]:
-        packed.launch_cache.pop(old, None)
+    drop_plans(packed)
     is_on_disk = remember and remembered.store(context.name, entries)
-    return TuneReport(context.name, results, is_on_disk)
+    return TuneReport(context.name, tuple(results), is_on_disk)
 
 
 def _device_name(device: int) -> str:
@@ -212,34 +228,94 @@ def measure_candidates(
     table = {**remembered.load(context.name), **packed.launch_cache.get("tuned", {})}
     before = choose(problem, context.capability, context.sm_count, context.name, table).config
     pool = list(configs) if configs is not None else candidates(problem.v, problem.dtype, context.capability)
-    measured, rejected = [], []
     check = _Check(packed, n)
     with Bench(context) as bench:
         x = bench.matrix(check.x, packed.dtype)
         out = bench.matrix(np.zeros((packed.shape[0], n), DTYPES[packed.dtype]), packed.dtype)
+        found = _Found(bench, check, out, n, "", progress)
         for config in dict.fromkeys([*pool, before]):
-            bench.poison(out)
-            try:
-                device_matmul(packed, x, out=out, config=config)
-                worst = check.worst(bench.fetch(out, DTYPES[packed.dtype]))
-                if not worst <= 1.0:
-                    rejected.append(f"{config.name}: wrong by {worst:.3g} of the bound")
-                    continue
-                us = bench.median_us(lambda config=config: device_matmul(packed, x, out=out, config=config))  # type: ignore[misc]
-            except DeviceError as error:
-                rejected.append(f"{config.name}: {error}")
-                continue
-            measured.append(Measured(config, us, worst))
-            if progress is not None:
-                progress(f"n = {n}: {config.name} {us:.1f} us")
-    if not measured:
-        raise DeviceError(
-            f"no candidate ran right for n = {n}: {'; '.join(rejected)}; please report this with `shflnb doctor`"
-        )
-    measured.sort(key=lambda m: m.us)
-    best = next((m for m in measured if m.config == before and m.us <= KEEP_RULE * measured[0].us), measured[0])
+            found.add(config, [lambda config=config: device_matmul(packed, x, out=out, config=config)])  # type: ignore[misc]
     roof, _ = roof_us(problem, context.sm_count)
-    return Tuned(problem, table_key(problem), before, tuple(measured), tuple(rejected), best, roof)
+    return found.judged(problem, table_key(problem), before, roof)
+
+
+def measure_few(
+    packed: ShflBWMatrix, n: int, context: Any, progress: Callable[[str], None] | None = None
+) -> list[Tuned]:
+    """Check and time the few-column kernels for one n on a device, for either layout of x and the result."""
+    from ..kernels.skinny_plan import chosen_config
+    from ..kernels.spmm_device import device_linear, device_matmul
+    from ..kernels.spmm_plan import problem_of, weight_copies
+    from ..kernels.timing import Bench
+
+    problem, m, dtype = problem_of(packed, n), packed.shape[0], packed.dtype
+    check = _Check(packed, n)
+    sets = min(MOST_COPIES, max(2, -(-2 * context.l2_bytes // max(1, packed.values.nbytes))))
+    copies = weight_copies(packed, context, "sm90", TILE_K, sets)
+    results = []
+
+    def calls_of(config: SkinnyConfig, x: Any, out: Any, layout: str) -> list[Callable[[], Any]]:
+        if layout == "token":
+            return [lambda one=one: device_linear(x, one, out=out, config=config) for one in copies]  # type: ignore[misc]
+        return [lambda one=one: device_matmul(one, x, out=out, config=config) for one in copies]  # type: ignore[misc]
+
+    with Bench(context) as bench:
+        for layout in LAYOUTS:
+            is_token = layout == "token"
+            x = bench.matrix(np.ascontiguousarray(check.x.T) if is_token else check.x, dtype)
+            out = bench.matrix(np.zeros((n, m) if is_token else (m, n), DTYPES[dtype]), dtype)
+            before = chosen_config(packed, context, n, layout, bench.stream)
+            found = _Found(bench, check, out, n, layout, progress)
+            for config in dict.fromkeys([*few_candidates(problem.v, n, dtype, layout), before]):
+                found.add(config, calls_of(config, x, out, layout))
+            roof = memory_us(packed.values.nbytes, context.sm_count)
+            results.append(found.judged(problem, few_key(problem, layout), before, roof))
+    return results
+
+
+class _Found:
+    """The candidates of one n and layout: those that were right, with their times, and the others, with the reason."""
+
+    def __init__(
+        self, bench: Any, check: _Check, out: Any, n: int, layout: str, progress: Callable[[str], None] | None
+    ) -> None:
+        self.bench, self.check, self.out, self.n, self.layout = bench, check, out, n, layout
+        self.progress = progress
+        self.measured: list[Measured] = []
+        self.rejected: list[str] = []
+
+    def add(self, config: Config | SkinnyConfig, calls: Sequence[Callable[[], Any]]) -> None:
+        """Check what a config's first call leaves in `out` and, if it is right, time all calls in turns."""
+        self.bench.poison(self.out)
+        try:
+            calls[0]()
+            y = self.bench.fetch(self.out, DTYPES[self.out.dtype])
+            worst = self.check.worst(y.T if self.layout == "token" else y)
+            if not worst <= 1.0:
+                self.rejected.append(f"{config.name}: wrong by {worst:.3g} of the bound")
+                return
+            us = self.bench.median_us(calls)
+        except DeviceError as error:
+            self.rejected.append(f"{config.name}: {error}")
+            return
+        self.measured.append(Measured(config, us, worst))
+        if self.progress is not None:
+            self.progress(f"n = {self.n}{_of_x(self.layout)}: {config.name} {us:.1f} us")
+
+    def judged(self, problem: Problem, key: str, before: Config | SkinnyConfig, roof: float) -> Tuned:
+        """What was found; the best is what ran until now, unless another is clearly faster."""
+        if not self.measured:
+            raise DeviceError(
+                f"no candidate ran right for n = {self.n}: {'; '.join(self.rejected)}; "
+                "please report this with `shflnb doctor`"
+            )
+        measured = sorted(self.measured, key=lambda m: m.us)
+        best = next((m for m in measured if m.config == before and m.us <= KEEP_RULE * measured[0].us), measured[0])
+        return Tuned(problem, key, before, tuple(measured), tuple(self.rejected), best, roof, self.layout)
+
+
+def _of_x(layout: str) -> str:
+    return f", {layout}-major x" if layout else ""
 
 
 class _Check:

@@ -16,8 +16,8 @@ pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)"
 from emulated import EmulatedArray, EmulatedDevice, EmulatedKernel, install, turned
 from gpu_cases import DTYPES, random_packed
 
-from shflnb.errors import DeviceError
-from shflnb.kernels import device_call, memo, select, skinny_plan, spmm_device
+from shflnb.errors import ArgumentError, DeviceError
+from shflnb.kernels import device_call, memo, remembered, select, skinny_select, spmm_device, timing
 from shflnb.kernels.config import Config
 from shflnb.kernels.epilogue import HAS_BIAS
 from shflnb.kernels.launch import DeviceMemory
@@ -27,6 +27,7 @@ from shflnb.kernels.select import candidates
 from shflnb.kernels.skinny_config import config_of as few_config
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 from shflnb.reference import judge
+from shflnb.tuning.tune import measure_few
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 
@@ -163,13 +164,83 @@ def test_groups_outnumber_clusters(
     monkeypatch.setattr(device, "sm_count", ranks)  # one cluster of them
     packed = random_packed(6 * v - 3, 300, v, [300, 0, 64, 1, 130, 200], dtype="bfloat16", seed=v, integers=True)
     config = few_config(v, n, ranks, "bfloat16", 1, token_major=token_major, stitchers=stitchers)
-    monkeypatch.setattr(skinny_plan, "choose_config", lambda *_, **__: config)
-    monkeypatch.setattr(device_call, "takes_tokens", lambda *_: token_major)
     x = integers(np.random.default_rng(n), (n, 300), "bfloat16")
-    y = device.read(device_linear(device.array(x, pitch=305), packed))
+    y = device.read(device_linear(device.array(x, pitch=305), packed, config=config))
     assert any("_tokens_" in name for name in device.launched) == token_major
     assert device.machine.memory.unwritten_reads == 0
     assert (y.T.astype(np.float64) == product(packed, x.T)).all()
+
+
+def test_a_config_that_cannot_take_the_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = install(monkeypatch, EmulatedDevice(2))
+    packed = random_packed(70, 66, 64, seed=1)
+    x = device.array(np.ones((66, 20), np.float16))
+    for config, n in ((few_config(32, 16, 1, "float16", 2), 16), (few_config(64, 16, 1, "float16", 2), 20),
+                      (few_config(64, 16, 1, "bfloat16", 2), 16), (few_config(64, 16, 1, "float16", 2, parts=True), 16),
+                      (few_config(64, 16, 1, "float16", 2, token_major=True), 16)):  # fmt: skip
+        with pytest.raises(ArgumentError, match=f"cannot take {n} columns of feature-major float16, v = 64"):
+            device_matmul(packed, device.array(np.ones((66, n), np.float16)), config=config)
+    assert not device.launched and x.shape == (66, 20)
+
+
+class PlayedBench:
+    """`timing.Bench` on an emulated device; a call takes as long as its kernels' names are said to."""
+
+    stream = 0
+
+    def __init__(self, device: EmulatedDevice) -> None:
+        self.device = device
+
+    def __enter__(self) -> PlayedBench:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Nothing was opened."""
+
+    def matrix(self, a: np.ndarray, dtype: str) -> EmulatedArray:
+        return self.device.array(a)
+
+    def poison(self, operand: EmulatedArray) -> None:
+        values = np.full(operand.shape, np.nan, DTYPES[operand.dtype])
+        self.device.machine.memory.data[self.device._places(operand)] = values.view(np.uint8)
+
+    def fetch(self, operand: EmulatedArray, dtype: np.dtype) -> np.ndarray:
+        return self.device.read(operand)
+
+    def median_us(self, calls: list[Any]) -> float:
+        self.device.launched.clear()
+        for call in calls[:2]:
+            call()
+        names = self.device.launched
+        return 5.0 if any("_w8_" in name for name in names) else 5.0 + len(names)
+
+
+def test_few_columns_are_tuned_for_either_layout(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Every kernel is checked and timed on copies of the weights; the next calls take the best of their layout."""
+    monkeypatch.setenv("SHFLNB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(remembered, "_TABLES", {})
+    device = install(monkeypatch, EmulatedDevice(5, sm_count=8))
+    device.l2_bytes = 20_000
+    monkeypatch.setattr(timing, "Bench", PlayedBench)
+    packed = random_packed(150, 140, 64, seed=3)
+    said: list[str] = []
+    feature, token = measure_few(packed, 5, device, said.append)
+    assert (feature.layout, token.layout) == ("feature", "token") and not feature.rejected and not token.rejected
+    assert {m.config for m in feature.measured} == set(skinny_select.few_candidates(64, 5, "float16", "feature"))
+    assert {m.config for m in token.measured} == set(skinny_select.few_candidates(64, 5, "float16", "token"))
+    assert len(said) == len(feature.measured) + len(token.measured) and "token-major x: shflbw_skinny90" in said[-1]
+    assert feature.best.config == feature.before and token.best.config != token.before
+    assert token.best.config.token_major and token.best.config.stitchers == 8
+    entries = {t.key: remembered.entry_of(t.best.config) for t in (feature, token)}
+    assert remembered.store(device.name, entries)
+    monkeypatch.setattr(remembered, "_TABLES", {})  # as another process finds it
+    packed.launch_cache.clear()
+    x = np.random.default_rng(0).standard_normal((8, 140)).astype(np.float16)
+    for n, is_tuned in ((8, True), (4, False), (5, True)):
+        device.launched.clear()
+        y = device.read(device_linear(device.array(x[:n]), packed))
+        assert judge(y.T, packed, x[:n].T).holds
+        assert any("_w8_" in name for name in device.launched) == is_tuned, (n, device.launched)
 
 
 def in_parts(monkeypatch: pytest.MonkeyPatch, seed: int, capability: tuple[int, int] = HOPPER) -> EmulatedDevice:
@@ -287,7 +358,7 @@ def test_a_device_without_room_for_clusters(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("m", "n", "k"), [(133, 20, 70), (136, 32, 72), (1, 17, 9), (70, 11, 64)])
 def test_token_major_operands_are_turned(m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """x before and the result behind the product, whole chunks and parts of them, aligned and not."""
-    monkeypatch.setattr(device_call, "takes_tokens", lambda *_: False)
+    monkeypatch.setattr(skinny_select, "takes_tokens", lambda *_: False)
     monkeypatch.setattr(device_call, "stores_directly", lambda m, n: False)
     packed = random_packed(m, k, 64, seed=5, integers=True)
     x = integers(np.random.default_rng(5), (n, k), "float16")

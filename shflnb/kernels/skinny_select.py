@@ -1,0 +1,83 @@
+"""Which few-column kernel takes a product, for x of either layout: what was measured here first, else the rule. Pure.
+
+A call with feature-major x can only take kernels for such x. One with token-major x may also take a kernel that
+stitches it value by value; with the others x is turned first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .config import Problem
+from .skinny_config import SkinnyConfig, choose_config, config_of, room_for, takes_tokens
+
+__all__ = ["LAYOUTS", "FewChoice", "choose_few", "few_candidates", "few_key", "fits_few"]
+
+LAYOUTS = ("feature", "token")
+"""Layouts of x, and of the result beside it."""
+
+
+@dataclass(frozen=True)
+class FewChoice:
+    """A kernel for few columns with the reason it was taken."""
+
+    config: SkinnyConfig
+    reason: str
+
+
+def few_candidates(v: int, n: int, dtype: str, layout: str = "token") -> list[SkinnyConfig]:
+    """Every kernel for groups of v rows and n columns (16, 32 or 64 of them have room) that x of this layout may take.
+
+    Those for several matrices at once are the same with `parts`.
+    """
+    tokens, found = room_for(n), []
+    for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
+        for blocks in (1,) if v == 128 else (2, 1) if tokens == 64 else (2,):
+            for token_major in (False, True) if tokens == 16 and layout == "token" else (False,):
+                found.append(config_of(v, tokens, ranks, dtype, blocks, token_major=token_major))
+                if v == 64 and ranks == 2 and (token_major or tokens == 32):
+                    alone = config_of(v, tokens, ranks, dtype, 1, token_major=token_major,
+                                      stitchers=8 if token_major else 4)  # fmt: skip
+                    found.append(alone)
+    return found
+
+
+def fits_few(config: SkinnyConfig, v: int, n: int, dtype: str, layout: str) -> bool:
+    """Whether a kernel can take n columns of x of this layout."""
+    return (
+        (config.v, config.dtype, config.parts) == (v, dtype, False)
+        and n <= 8 * config.chunks
+        and (layout == "token" or not config.token_major)
+    )
+
+
+def few_key(problem: Problem, layout: str) -> str:
+    """Key of a tuned entry, as `select.table_key`: sizes exactly, n up to the next power of two, density by bucket."""
+    bucket = 1 << (max(1, problem.n) - 1).bit_length()
+    density = round(problem.density * 16)
+    return f"few v{problem.v} m{problem.m} k{problem.k} n{bucket} d{density} {layout}"
+
+
+def choose_few(
+    problem: Problem, tiles: int, sm_count: int, layout: str, remembered: Mapping[str, Mapping[str, Any]]
+) -> FewChoice:
+    """The kernel for a problem of so many k tiles in all, its epilogue "plain".
+
+    Parameters
+    ----------
+    layout : one of `LAYOUTS`
+        Of x.
+    remembered : `few_key` -> fields of a `SkinnyConfig`
+        What was measured on the device; an entry that does not fit is passed over.
+    """
+    entry = remembered.get(few_key(problem, layout))
+    if entry is not None:
+        config = SkinnyConfig(**{**entry, "dtype": problem.dtype, "epilogue": "plain", "parts": False})
+        if fits_few(config, problem.v, problem.n, problem.dtype, layout):
+            return FewChoice(config, "tuned here")
+    token_major = layout == "token" and takes_tokens(problem.m, problem.k, problem.n, problem.v, problem.density)
+    config = choose_config(problem.v, problem.n, problem.groups, tiles, problem.dtype, sm_count,
+                           token_major=token_major)  # fmt: skip
+    return FewChoice(config, "the rule")
