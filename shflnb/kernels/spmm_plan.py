@@ -231,5 +231,6 @@ def drop_plans(packed: ShflBWMatrix) -> None:
     Weights and queues stay, since a captured graph may hold their addresses; so do the plans for few columns, which
     hold for it what their products fetch ahead.
     """
-    for old in [key for key in packed.launch_cache if key[0] in ("plan", "memo", "few choice")]:
-        packed.launch_cache.pop(old, None)
+    for key in list(packed.launch_cache):  # a copy made in one step: other threads may be adding to it
+        if key[0] in ("plan", "memo", "few choice"):
+            packed.launch_cache.pop(key, None)
