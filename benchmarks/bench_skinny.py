@@ -7,8 +7,8 @@
 `F.linear`'s meaning, token-major x and result. Weights "rotated" through copies that exceed the L2 cache twice come
 from device memory, as in a model, where each product has the first of the next one's fetched into L2
 (`shflnb/kernels/skinny_ahead.py`); "warm" ones may be in L2. All copies are multiplied with one x, which is in L2 as in
-a model, where it has just been written. Dense is the better of `W @ X` and `F.linear`, timed in
-turns. GB/s counts the packed matrix once; its share of a copy that was measured in the same run stands beside it.
+a model, where it has just been written. Dense is the better of `W @ X` and `F.linear`, timed in turns. GB/s counts the
+packed matrix once; its share of a copy that was measured in the same run stands beside it.
 Writes `<gpu>.skinny.csv` and `<gpu>.skinny.machine.json`. Exit code 1 if a result was wrong.
 """
 

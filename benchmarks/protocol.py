@@ -118,9 +118,9 @@ class _Runner(Protocol):
         """Start one sample; what is returned gives its microseconds per launch once the device is done."""
 
 
-def _launches(sample_us: float, once_us: float, calls: int) -> int:
-    """Launches of a sample, a multiple of the number of calls: at least three, where 300 are not too few."""
-    return calls * -(-max(min(round(sample_us / max(once_us, 0.5)), MOST_LAUNCHES), 3) // calls)
+def _launches(sample_us: float, once_us: float, calls: int, least: int, most: int = MOST_LAUNCHES) -> int:
+    """Launches that fill a sample, from `least` to `most`, rounded up to a multiple of the number of calls."""
+    return calls * -(-max(min(round(sample_us / max(once_us, 0.5)), most), least) // calls)
 
 
 class _Graph:
@@ -131,8 +131,8 @@ class _Graph:
     def __init__(self, calls: Sequence[Call], sample_us: float) -> None:
         self.stream = _side_stream()
         with torch.cuda.stream(self.stream):
-            self._capture(calls, _launches(sample_us, _estimate_us(calls), len(calls)))
-            wanted = _launches(sample_us, self._replay_us() / self.launches, len(calls))
+            self._capture(calls, _launches(sample_us, _estimate_us(calls), len(calls), least=3))
+            wanted = _launches(sample_us, self._replay_us() / self.launches, len(calls), least=3)
             if wanted > 1.25 * self.launches:  # the host was slower than the device: more of them fit
                 self._capture(calls, wanted)
 
@@ -183,8 +183,7 @@ class _Events:
                 call()
             host_us = (time.perf_counter() - start) * 1e6 / len(calls)
             torch.cuda.synchronize()
-        turns = -(-max(min(round(sample_us / max(once_us, 0.5)), 40), 1 if once_us > SLOW_US else 2) // len(calls))
-        self.launches = turns * len(calls)
+        self.launches = _launches(sample_us, once_us, len(calls), least=1 if once_us > SLOW_US else 2, most=40)
         self.sleep_cycles = int(min(50_000.0, 200.0 + 1.5 * host_us * self.launches) * 1980)
 
     def sample(self) -> Callable[[], float]:
@@ -210,8 +209,7 @@ class _Host:
         for call in calls:
             call()
         once_us = (time.perf_counter() - start) * 1e6 / len(calls)
-        turns = -(-max(min(round(sample_us / max(once_us, 0.5)), 300), 1) // len(calls))
-        self.launches = turns * len(calls)
+        self.launches = _launches(sample_us, once_us, len(calls), least=1)
 
     def sample(self) -> Callable[[], float]:
         start = time.perf_counter()

@@ -22,13 +22,13 @@ from .compiler import cache_dir
 from .config import Config
 from .skinny_config import SkinnyConfig
 
-__all__ = ["entry_of", "forget", "load", "store", "table_path", "valid_entries"]
+__all__ = ["FEW", "entry_of", "forget", "load", "store", "table_path", "valid_entries"]
 
 FORMAT = 1
 LOCK_SECONDS = 10.0
 NOT_KEPT = ("dtype", "epilogue", "parts")  # a tiling serves every dtype and epilogue
-KINDS: tuple[tuple[str, type[Config] | type[SkinnyConfig]], ...] = (("few v", SkinnyConfig), ("v", Config))
-"""How the keys of entries begin, and what the entries are the fields of."""
+FEW = "few "
+"""How the keys of entries for few columns begin, before what all keys have: they are the fields of a SkinnyConfig."""
 
 _TABLES: dict[str, dict[str, dict[str, Any]]] = {}
 _LOCK = threading.Lock()
@@ -49,15 +49,15 @@ def valid_entries(entries: Any) -> dict[str, dict[str, Any]]:
     """The entries that name a config this version can build; a table from elsewhere may hold anything."""
     good: dict[str, dict[str, Any]] = {}
     for key, entry in entries.items() if isinstance(entries, dict) else ():
-        for start, kind in KINDS:
-            if isinstance(key, str) and key.startswith(start):
-                try:
-                    config = kind(**entry)
-                except (TypeError, ArgumentError):
-                    break
-                if key.startswith(f"{start}{config.v} "):
-                    good[key] = entry_of(config)
-                break
+        if not isinstance(key, str):
+            continue
+        kind: type[Config] | type[SkinnyConfig] = SkinnyConfig if key.startswith(FEW) else Config
+        try:
+            config = kind(**entry)
+        except (TypeError, ArgumentError):
+            continue
+        if key.removeprefix(FEW).startswith(f"v{config.v} "):
+            good[key] = entry_of(config)
     return good
 
 

@@ -43,15 +43,12 @@ def ahead_table(records: np.ndarray, addresses: np.ndarray, config: SkinnyConfig
     most = np.uint64(max(1, AHEAD_BYTES // (begin.size * int(tile_bytes.sum()))))
     to_end = np.minimum(end - begin - place, most)
     from_begin = np.minimum(place, most - to_end)  # where it goes on after the last tile
-    spans = []
-    for start, count in ((begin + place, to_end), (begin, from_begin)):
-        at = addresses[:, None, :] + (first + start)[..., None] * tile_bytes
-        table = np.zeros((*at.shape, 4), np.uint32)
-        table[..., :2] = at[..., None].view(np.uint32)
-        table[..., 2] = count[..., None] * tile_bytes
-        spans.append(table)
-    table = np.concatenate([span.reshape(-1, 4) for span in spans])
-    return table[table[:, 2] > 0]
+    start, count = np.stack([begin + place, begin]), np.stack([to_end, from_begin])
+    at = addresses[:, None, :] + (first + start)[..., None] * tile_bytes
+    table = np.zeros((*at.shape, 4), np.uint32)
+    table[..., :2] = at[..., None].view(np.uint32)
+    table[..., 2] = count[..., None] * tile_bytes
+    return table.reshape(-1, 4)[table[..., 2].ravel() > 0]
 
 
 class Following(Protocol):

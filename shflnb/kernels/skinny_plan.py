@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ..formats.shflbw import ShflBWMatrix
-from . import remembered
 from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
@@ -23,7 +22,7 @@ from .skinny_config import (
     config_of,
 )
 from .skinny_select import choose_few
-from .spmm_plan import DeviceWeights, device_weights, keep, problem_of
+from .spmm_plan import DeviceWeights, device_weights, keep, problem_of, tuned_entries
 
 __all__ = ["SkinnyPlan", "SkinnyRoad", "chosen_config", "find_room", "kernel_spec", "launch_skinny", "skinny_plan",
            "turn_of_out", "turn_of_x", "turn_in_spec", "turn_out_spec"]  # fmt: skip
@@ -136,8 +135,7 @@ def chosen_config(packed: ShflBWMatrix, context: DeviceContext, n: int, layout: 
     found: SkinnyConfig | None = packed.launch_cache.get(key)
     if found is None:
         weights = device_weights(packed, context, "sm90", TILE_K, stream)
-        known = {**remembered.load(context.name), **packed.launch_cache.get("tuned", {})}
-        tiles = int(weights.counts.sum())
+        tiles, known = int(weights.counts.sum()), tuned_entries(packed, context.name)
         found = choose_few(problem_of(packed, n), tiles, context.sm_count, layout, known).config
         keep(packed, key, found)
     return found

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import Problem
+from .remembered import FEW
+from .select import table_key
 from .skinny_config import SkinnyConfig, choose_config, config_of, room_for, takes_tokens
 
 __all__ = ["LAYOUTS", "FewChoice", "choose_few", "few_candidates", "few_key", "fits_few"]
@@ -54,10 +56,8 @@ def fits_few(config: SkinnyConfig, v: int, n: int, dtype: str, layout: str) -> b
 
 
 def few_key(problem: Problem, layout: str) -> str:
-    """Key of a tuned entry, as `select.table_key`: sizes exactly, n up to the next power of two, density by bucket."""
-    bucket = 1 << (max(1, problem.n) - 1).bit_length()
-    density = round(problem.density * 16)
-    return f"few v{problem.v} m{problem.m} k{problem.k} n{bucket} d{density} {layout}"
+    """Key of a tuned entry: that of `select.table_key`, for x of a layout."""
+    return f"{FEW}{table_key(problem)} {layout}"
 
 
 def choose_few(

@@ -22,7 +22,7 @@ from .transpose_config import COPY_THREADS, TRANSPOSE_THREADS, transpose_grid, t
 
 __all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "drop_plans", "keep", "kernel_spec",
            "plan_for", "problem_of", "tokens_at_once", "transpose_launch", "transpose_spec",
-           "weight_copies"]  # fmt: skip
+           "tuned_entries", "weight_copies"]  # fmt: skip
 
 PLANS_KEPT = 1024  # launch records a packed matrix keeps; a model whose batch changes at every call stays bounded
 NO_ROW = np.uint32(0xFFFFFFFF)
@@ -119,6 +119,11 @@ def problem_of(packed: ShflBWMatrix, n: int, epilogue: str = "plain") -> Problem
                    epilogue)  # fmt: skip
 
 
+def tuned_entries(packed: ShflBWMatrix, device_name: str) -> dict[str, dict[str, Any]]:
+    """What was measured on a device: what the user's cache has, and before it what was measured for this matrix."""
+    return {**remembered_entries(device_name), **packed.launch_cache.get("tuned", {})}
+
+
 def tokens_at_once(packed: ShflBWMatrix, context: DeviceContext, n: int) -> int:
     """Tokens of a token-major product that are turned, multiplied and turned back at a time."""
     return linear_tokens(problem_of(packed, n), context.capability, context.sm_count, context.l2_bytes)
@@ -139,6 +144,11 @@ def _kernel_arrays(layout: KernelLayout, packed: ShflBWMatrix) -> tuple[list[np.
     return [values.view(np.uint16), columns, rows], first, counts
 
 
+def _arrays_for(packed: ShflBWMatrix, kernel: str, tile_k: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """As `_kernel_arrays`, in the layout of a kernel, "sm90" or "sm80"."""
+    return _kernel_arrays((to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k), packed)
+
+
 def device_weights(
     packed: ShflBWMatrix, context: DeviceContext, kernel: str, tile_k: int, stream: int
 ) -> DeviceWeights:
@@ -150,8 +160,7 @@ def device_weights(
         with _BUILD_LOCK:
             found = packed.launch_cache.get(key)
             if found is None:
-                layout = (to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k)
-                arrays, first, counts = _kernel_arrays(layout, packed)
+                arrays, first, counts = _arrays_for(packed, kernel, tile_k)
                 with context.current():
                     found = packed.launch_cache[key] = DeviceWeights(DeviceMemory(context, arrays), first, counts)
     return found
@@ -164,8 +173,7 @@ def weight_copies(
 
     For measuring with weights that no cache holds.
     """
-    layout = (to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k)
-    arrays, first, counts = _kernel_arrays(layout, packed)
+    arrays, first, counts = _arrays_for(packed, kernel, tile_k)
     copies = [replace(packed) for _ in range(count)]
     for copy in copies:
         with context.current():
@@ -200,8 +208,8 @@ def plan_for(
     if plan is None:
         problem = problem_of(packed, n, epilogue)
         if config is None:
-            remembered = {**remembered_entries(context.name), **packed.launch_cache.get("tuned", {})}
-            choice = choose(problem, context.capability, context.sm_count, context.name, remembered)
+            known = tuned_entries(packed, context.name)
+            choice = choose(problem, context.capability, context.sm_count, context.name, known)
         else:
             choice = choose(problem, context.capability, context.sm_count, only=[config])
         chosen = choice.config.with_epilogue(epilogue)

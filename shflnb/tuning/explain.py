@@ -164,11 +164,10 @@ def _explain(
     sm_count: int,
     ordinal: int | None,
 ) -> Explanation:
-    from ..kernels import remembered
-    from ..kernels.spmm_plan import kernel_spec, problem_of
+    from ..kernels.spmm_plan import kernel_spec, problem_of, tuned_entries
 
     problem = problem_of(half, n)
-    table = {**remembered.load(name), **half.launch_cache.get("tuned", {})}
+    table = tuned_entries(half, name)
     if has_few_columns(n, capability):
         return _few_columns(half, packed, problem, name, sm_count, ordinal, table)
     choice = choose(problem, capability, sm_count, name, table)

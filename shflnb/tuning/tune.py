@@ -219,14 +219,13 @@ def measure_candidates(
     configs: Sequence[Config] | None = None,
 ) -> Tuned:
     """Check and time the candidates (or `configs`) for one n on a device."""
-    from ..kernels import remembered
     from ..kernels.spmm_device import device_matmul
-    from ..kernels.spmm_plan import problem_of
+    from ..kernels.spmm_plan import problem_of, tuned_entries
     from ..kernels.timing import Bench
 
     problem = problem_of(packed, n)
-    table = {**remembered.load(context.name), **packed.launch_cache.get("tuned", {})}
-    before = choose(problem, context.capability, context.sm_count, context.name, table).config
+    known = tuned_entries(packed, context.name)
+    before = choose(problem, context.capability, context.sm_count, context.name, known).config
     pool = list(configs) if configs is not None else candidates(problem.v, problem.dtype, context.capability)
     check = _Check(packed, n)
     with Bench(context) as bench:
