@@ -11,8 +11,8 @@ from numba.cuda import types
 from .ptx import f32, instruction, u32, u64
 
 __all__ = ["bulk_prefetch_l2", "cluster_arrive_relaxed", "cluster_wait", "grid_launch_dependents", "grid_wait",
-           "high_halves", "ld_global_l2_u16_if", "ld_shared_u32", "ld_shared_v4_f32", "low_halves", "rank_address",
-           "st_async_v4_f32", "st_shared_v4_f32"]  # fmt: skip
+           "high_halves", "ld_global_l2_u16_if", "ld_global_u16_if", "ld_shared_u32", "ld_shared_v4_f32", "low_halves",
+           "rank_address", "st_async_v4_f32", "st_shared_v4_f32"]  # fmt: skip
 
 # --- clusters --------------------------------------------------------------------------------------------------------
 cluster_arrive_relaxed = instruction(
@@ -45,11 +45,14 @@ st_shared_v4_f32 = instruction(
     "Store 4 float32.", "st.shared.v4.f32 [$0], {$1,$2,$3,$4};", (u32, f32, f32, f32, f32), "r,f,f,f,f,~{memory}"
 )
 ld_shared_u32 = instruction("Load 4 bytes.", "ld.shared.u32 $0, [$1];", (u32,), "=r,r,~{memory}", u32)
+_U16_IF = "{{ .reg .pred p; setp.lt.u32 p, $3, $4; setp.ge.and.s32 p, $2, 0, p; mov.u32 $0, 0; @p {} $0, [$1]; }}"
+ld_global_u16_if = instruction(
+    "Load 2 bytes, with zeros above them, if the second argument is not negative and the third below the fourth; else "
+    "read nothing and give 0.",
+    _U16_IF.format("ld.global.u16"), (u64, u32, u32, u32), "=r,l,r,r,r,~{memory}", u32)  # fmt: skip
 ld_global_l2_u16_if = instruction(
-    "Load 2 bytes past L1, with zeros above them, if the second argument is not negative and the third below the "
-    "fourth; else read nothing and give 0.",
-    "{ .reg .pred p; setp.lt.u32 p, $3, $4; setp.ge.and.s32 p, $2, 0, p; mov.u32 $0, 0; "
-    "@p ld.global.cg.u16 $0, [$1]; }", (u64, u32, u32, u32), "=r,l,r,r,r,~{memory}", u32)  # fmt: skip
+    "As `ld_global_u16_if`, past L1.",
+    _U16_IF.format("ld.global.cg.u16"), (u64, u32, u32, u32), "=r,l,r,r,r,~{memory}", u32)  # fmt: skip
 bulk_prefetch_l2 = instruction(
     "Fetch `bytes` (a multiple of 16, from a 16-byte boundary) from global memory into L2 with the copy engine.",
     "cp.async.bulk.prefetch.L2.global [$0], $1;", (u64, u32), "l,r,~{memory}")  # fmt: skip

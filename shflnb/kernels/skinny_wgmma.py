@@ -62,7 +62,7 @@ from .ptx_cluster import (
     cluster_wait,
     grid_launch_dependents,
     grid_wait,
-    ld_global_l2_u16_if,
+    ld_global_u16_if,
     ld_shared_u32,
     low_halves,
 )
@@ -179,8 +179,8 @@ def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
                 at_second = mad_wide_u32(second, u32(2), x + u64(16 * pair) * stride)
                 half = cuda.local.array(32, u32)
                 for t in range(16):  # all loads are on their way before the first value is stored
-                    half[t] = ld_global_l2_u16_if(at_first, first, u32(16 * pair + t), n)
-                    half[16 + t] = ld_global_l2_u16_if(at_second, second, u32(16 * pair + t), n)
+                    half[t] = ld_global_u16_if(at_first, first, u32(16 * pair + t), n)
+                    half[16 + t] = ld_global_u16_if(at_second, second, u32(16 * pair + t), n)
                     at_first += stride
                     at_second += stride
                 for c in range(2):
