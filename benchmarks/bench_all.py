@@ -36,10 +36,10 @@ class Part:
 
 PARTS = {
     "full": (
-        Part(("bench_models.py",), 120.0, 170.0, "--seconds"),
-        Part(("bench_skinny.py", "--quick"), 30.0, 60.0),
+        Part(("bench_models.py",), 140.0, 200.0, "--seconds"),
+        Part(("bench_skinny.py", "--quick"), 45.0, 80.0),
         Part(("bench_host_cost.py",), 30.0, 60.0, ""),
-        Part(("bench_peers.py",), 230.0, 300.0),
+        Part(("bench_peers.py",), 290.0, 350.0),
         Part(("bench_spmm.py", "--full"), 200.0, 400.0),
     ),
     "quick": (

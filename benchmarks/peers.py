@@ -195,7 +195,8 @@ SHORT_K, TUNE_S, TUNE_AHEAD_S = 2048, 6.0, 20.0
 
 
 def bsr_tuned(block: int) -> Callable[[Operands, float], list[Variant]]:
-    """torch's BSR product with the parameters that torch's own tuner finds for this block, n and kind of k at 75 %.
+    """torch's BSR product with the parameters that torch's own tuner finds for this block, n and kind of k at 75 %; or
+    with those it found for another shape, or as shipped, where they are faster: a short search may end badly.
 
     The tuner runs with four changes, so that it ends within seconds. It begins at the parameters of the last shape, or
     at `BSR_START` with tiles of 128 columns, and not at one stage; it looks at neighbours one step away (as shipped
@@ -215,26 +216,41 @@ def bsr_tuned(block: int) -> Callable[[Operands, float], list[Variant]]:
             if not found:
                 raise RuntimeError("torch's tuner found no parameters that run")
             _BSR_TUNED[key] = found
-        meta = _BSR_TUNED[key]
         _, dense = random_blocks(o, block, sparsity)
         weight = dense.to_sparse_bsr((block, block))
-        text = ", ".join(f"{name} {value}" for name, value in sorted(meta.items()))
 
-        def call() -> torch.Tensor:
-            return bsr_dense_addmm(o.out, weight, o.x, beta=0, alpha=1, out=o.out, meta=dict(meta))
+        def call(meta: dict[str, int] | None) -> torch.Tensor:
+            given = None if meta is None else dict(meta)
+            return bsr_dense_addmm(o.out, weight, o.x, beta=0, alpha=1, out=o.out, meta=given)
 
-        return [Variant(text, call, dense, capture=False)]
+        metas: list[dict[str, int] | None] = [_BSR_TUNED[key], None]
+        metas += [meta for meta in known_metas(block, o.shape.n) if meta not in metas]
+        return [
+            Variant(
+                "as shipped" if meta is None else ", ".join(f"{name} {value}" for name, value in sorted(meta.items())),
+                functools.partial(call, meta),
+                dense,
+                capture=False,
+            )
+            for meta in metas
+        ]
 
     return prepare
 
 
+def known_metas(block: int, n: int) -> list[dict[str, int]]:
+    """What the tuner found for this block, whatever the shape, with tiles of as many columns."""
+    return [
+        meta | {"SPLIT_N": max(1, n // (n_then // meta["SPLIT_N"]))}
+        for (of, n_then, _), meta in _BSR_TUNED.items()
+        if of == block
+    ]
+
+
 def bsr_start(block: int, n: int) -> dict[str, int]:
     """Where the tuner begins: at what it found last for this block, with tiles of as many columns."""
-    last = [(key, meta) for key, meta in _BSR_TUNED.items() if key[0] == block]
-    if not last:
-        return BSR_START | {"SPLIT_N": max(1, n // 128)}
-    (_, n_then, _), meta = last[-1]
-    return meta | {"SPLIT_N": max(1, n // (n_then // meta["SPLIT_N"]))}
+    known = known_metas(block, n)
+    return known[-1] if known else BSR_START | {"SPLIT_N": max(1, n // 128)}
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import bench_spmm
 import cases
 import compare_runs
 import cusparselt_search
+import keep_faster
 import matrices
 import numpy as np
 import peers
@@ -641,3 +642,38 @@ def test_one_script_that_fails_does_not_end_the_others(
     assert "exit code 3" in said and "longer than its time" in said and "of 0 s, exit code 0" in said
     monkeypatch.setitem(bench_all.PARTS, "full", parts[2:])
     assert bench_all.main(["--budget-s", "30"]) == 0
+
+
+def test_what_an_earlier_search_found_is_kept_where_it_was_faster(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{side}.peers.csv" for side in ("earlier", "later")]
+    row = {"gpu": "testgpu", "m": 8, "k": 8, "n": 8, "dtype": "float16", "sparsity": 0.5}
+    times = {
+        "torch BSR 64, tuned": ("5.0", "6.0", "5.0"), "torch BSR 128, tuned": ("7.0", "6.0", "6.0"),
+        "torch BSR 32, tuned": ("5.0", "", "5.0"), "torch.compile": ("", "6.0", "6.0"),
+        "torch BSR 64": ("5.0", "6.0", "6.0"), "cuSPARSELt 2:4, searched": (None, "6.0", "6.0"),
+    }  # fmt: skip
+    for side, path in enumerate(paths):
+        results = records.Results(path, bench_peers.FIELDS)
+        for peer, given in times.items():
+            if given[side] is not None:
+                results.add(row | {"peer": peer, "median_us": given[side], "date": f"2026-01-0{side + 1}"})
+        results.close()
+    assert keep_faster.main([str(path) for path in paths]) == 0
+    kept = {r["peer"]: r for r in csv.DictReader(paths[1].open())}
+    assert {peer: r["median_us"] for peer, r in kept.items()} == {peer: given[2] for peer, given in times.items()}
+    assert kept["torch BSR 64, tuned"]["date"] == "2026-01-01" and kept["torch BSR 64"]["date"] == "2026-01-02"
+    records.Results(paths[0], bench_peers.FIELDS).add(row | {"gpu": "other", "peer": "torch.compile"})
+    with pytest.raises(SystemExit, match="different cards: other, testgpu"):
+        keep_faster.main([str(path) for path in paths])
+    records.Results(paths[0], ("gpu", "seconds")).close()
+    with pytest.raises(SystemExit, match=r"not a CSV of bench_peers\.py"):
+        keep_faster.main([str(path) for path in paths])
+
+
+def test_the_tuner_s_finds_serve_other_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiles of as many columns, and only for the same block."""
+    meta = {"SPLIT_N": 32, "num_warps": 8}
+    monkeypatch.setattr(peers, "_BSR_TUNED", {(64, 4096, True): meta, (32, 4096, True): {"SPLIT_N": 16}})
+    assert peers.known_metas(64, 4096) == [meta]
+    assert peers.known_metas(64, 8192) == [{"SPLIT_N": 64, "num_warps": 8}] == [peers.bsr_start(64, 8192)]
+    assert peers.known_metas(128, 4096) == []
