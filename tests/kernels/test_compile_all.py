@@ -26,6 +26,7 @@ from shflnb.kernels.config import Config
 from shflnb.kernels.launch import KernelSpec
 from shflnb.kernels.registry import TARGETS, all_specs, capability_of
 from shflnb.kernels.select import candidates
+from shflnb.machine import usable_cores
 
 needs_tools = pytest.mark.skipif(
     compiler.find_tool("ptxas") is None or compiler.find_tool("cuobjdump") is None,
@@ -33,7 +34,9 @@ needs_tools = pytest.mark.skipif(
 )
 pytestmark = needs_tools
 
-WORKERS = 2
+WORKERS = max(1, usable_cores() - 1)
+"""Processes that build kernels while another one runs the other tests: one more would only slow those down, and leave a
+core idle at the end."""
 
 
 @dataclass(frozen=True)
