@@ -15,8 +15,9 @@ import numpy as np
 
 from ._version import __version__
 from .formats import pack
-from .kernels.compiler import assembler, cache_dir
+from .kernels.compiler import assembler
 from .kernels.cpu_pool import get_num_threads
+from .kernels.disk_cache import cache_dir
 from .machine import CudaDriver, cpu_features, cpu_name, find_cuda, usable_cores
 from .ops import matmul
 

@@ -2,9 +2,8 @@
 compiler.
 
 Cache entries are keyed by the kernel's key (kernel, config, dtype), the architecture, the versions of the tools and a
-fingerprint of the sources in this folder. An entry holds its own checksum: a missing, truncated or garbled file means
-a recompute, and so does a cache directory that cannot be written. Entries appear by an atomic rename, so any number
-of processes may build the same kernel at once.
+fingerprint of the sources in this folder. They are sealed files (`disk_cache.py`): whatever happens to one means a
+recompute, and any number of processes may build the same kernel at once.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -27,8 +25,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import DeviceError, MissingDependencyError
+from .disk_cache import cache_dir, read_sealed, write_sealed
 
-__all__ = ["Cubin", "arch_of", "assembler", "build", "cache_dir", "compile_ptx", "find_tool", "ptxas_assemble"]
+__all__ = ["Cubin", "arch_of", "assembler", "build", "compile_ptx", "find_tool", "ptxas_assemble"]
 
 _MAGIC = b"shflnb-cubin-1\n"
 _COMPILE_LOCK = threading.RLock()
@@ -47,16 +46,6 @@ class Cubin:
 def arch_of(capability: tuple[int, int], kernel: str) -> str:
     """Target of a kernel family on a device: "sm_90a" for the wgmma ones, plain "sm_XY" for the portable ones."""
     return f"sm_{capability[0]}{capability[1]}" + ("a" if kernel.endswith("sm90") else "")
-
-
-def cache_dir() -> Path:
-    """Where compiled kernels are kept: $SHFLNB_CACHE_DIR, or the user's cache directory."""
-    given = os.environ.get("SHFLNB_CACHE_DIR")
-    if given:
-        return Path(given) / "kernels"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("shflnb")) / "kernels"
 
 
 @functools.cache
@@ -86,14 +75,8 @@ def _cache_path(key: str, arch: str) -> Path:
 
 
 def _read_cache(path: Path, arch: str) -> Cubin | None:
-    try:
-        blob = path.read_bytes()
-    except OSError:
-        return None
-    if not blob.startswith(_MAGIC) or len(blob) < len(_MAGIC) + 32:
-        return None
-    checksum, body = blob[len(_MAGIC) : len(_MAGIC) + 32], blob[len(_MAGIC) + 32 :]
-    if hashlib.sha256(body).digest() != checksum:
+    body = read_sealed(path, _MAGIC)
+    if body is None:
         return None
     head, _, code = body.partition(b"\n")
     try:
@@ -104,18 +87,7 @@ def _read_cache(path: Path, arch: str) -> Cubin | None:
 
 
 def _write_cache(path: Path, cubin: Cubin) -> None:
-    body = json.dumps({"name": cubin.name}).encode() + b"\n" + cubin.code
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-            os.replace(temporary, path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError:
-        pass  # a cache that cannot be written costs a compile at the next start, nothing else
+    write_sealed(path, _MAGIC, json.dumps({"name": cubin.name}).encode() + b"\n" + cubin.code)
 
 
 def compile_ptx(

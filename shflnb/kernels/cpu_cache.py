@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import pickle
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-from .compiler import cache_dir
+from .disk_cache import cache_dir, read_sealed, write_sealed
 
 __all__ = ["KernelCache", "attach"]
 
@@ -58,30 +56,14 @@ class KernelCache(_Cache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled kernel, or None when there is no sound file for it."""
         target_context.refresh()
-        try:
-            blob = self.path(sig, target_context.codegen()).read_bytes()
-        except OSError:
-            return None
-        body = blob[len(_MAGIC) + 32 :]
-        if not blob.startswith(_MAGIC) or hashlib.sha256(body).digest() != blob[len(_MAGIC) : len(_MAGIC) + 32]:
+        body = read_sealed(self.path(sig, target_context.codegen()), _MAGIC)
+        if body is None:
             return None
         return CompileResult._rebuild(target_context, *pickle.loads(body))
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Write the compiled kernel; a folder that cannot be written costs a compile at the next start."""
-        body = dumps(data._reduce())
-        path = self.path(sig, data.codegen)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-                os.replace(temporary, path)
-            except OSError:
-                Path(temporary).unlink(missing_ok=True)
-        except OSError:
-            pass
+        write_sealed(self.path(sig, data.codegen), _MAGIC, dumps(data._reduce()))
 
     def enable(self) -> None:
         """Always on."""

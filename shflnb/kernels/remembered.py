@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
-from .compiler import cache_dir
 from .config import Config
+from .disk_cache import cache_dir, replace_file
 from .skinny_config import SkinnyConfig
 
 __all__ = ["FEW", "entry_of", "forget", "load", "store", "table_path", "valid_entries"]
@@ -95,7 +93,8 @@ def store(device_name: str, entries: Mapping[str, Mapping[str, Any]]) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
             merged = {**_read(path), **new}
-            _replace(path, json.dumps({"format": FORMAT, "device": device_name, "entries": merged}, indent=1))
+            text = json.dumps({"format": FORMAT, "device": device_name, "entries": merged}, indent=1)
+            replace_file(path, text.encode())
     except (OSError, Timeout, NotImplementedError):
         return False
     with _LOCK:
@@ -109,14 +108,3 @@ def forget(device_name: str) -> None:
         _TABLES[device_name] = {}
     with contextlib.suppress(OSError):
         table_path(device_name).unlink(missing_ok=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from shflnb.errors import DeviceError, MissingDependencyError
-from shflnb.kernels import compiler, launch
+from shflnb.kernels import compiler, disk_cache, launch
 
 CODE = b"\x7fELF" + bytes(range(256)) * 40
 
@@ -154,7 +154,7 @@ def test_a_cache_that_cannot_be_written(builds: Builds, tmp_path: Path, monkeypa
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(compiler.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(disk_cache.tempfile, "mkstemp", refuse)
     assert (builds.build().code, builds.build().code, builds.compiled) == (CODE, CODE, 2)
 
 
@@ -171,7 +171,7 @@ def test_a_disk_that_is_full(builds: Builds, tmp_path: Path, monkeypatch: pytest
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compiler.os, "replace", full)
+    monkeypatch.setattr(disk_cache.os, "replace", full)
     assert builds.build().code == CODE
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -197,9 +197,9 @@ def test_processes_write_the_same_entry_at_once(tmp_path: Path) -> None:
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHFLNB_CACHE_DIR", str(tmp_path))
-    assert compiler.cache_dir() == tmp_path / "kernels"
+    assert disk_cache.cache_dir() == tmp_path / "kernels"
     monkeypatch.delenv("SHFLNB_CACHE_DIR")
-    assert "shflnb" in compiler.cache_dir().parts
+    assert "shflnb" in disk_cache.cache_dir().parts
 
 
 def test_who_assembles(monkeypatch: pytest.MonkeyPatch) -> None:
