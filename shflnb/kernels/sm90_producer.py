@@ -47,7 +47,7 @@ def make_producer(config: Config) -> Callable[..., Any]:
     # copies, and ids in registers, at a time; with 32 copies, two times 16 ids no longer fit the producers' registers
     batch = 8 if config.copies_per_stage == 32 else min(16, config.copies_per_stage)
     batches = config.copies_per_stage // batch
-    thread_rows = config.copies_per_stage
+    thread_rows, batch_bytes = config.copies_per_stage, batch * ATOM_BYTES
     quads = batch // 4
     lanes_per_row = min(32, chunks)
     id_lanes = rows_per_warp // 4  # lanes that fetch a stage's ids, 16 bytes each
@@ -64,30 +64,24 @@ def make_producer(config: Config) -> Callable[..., Any]:
             ids[4 * q + 2] = four[2]
             ids[4 * q + 3] = four[3]
 
-    def make_copy_batch(b):
-        """Device function that starts the copies of batch b of a stage."""
-
-        @cuda.jit(device=True, forceinline=True)
-        def copy_batch(to, ids, row_bytes, x_at, cut, room, beyond):
-            if cut:
-                for j in range(batch):
-                    size = room if i32(ids[j]) >= i32(0) else u32(0)
-                    cp_async_16(
-                        u32((to ^ u32((j & 7) << 4)) + u32((b * batch + j) * ATOM_BYTES)),
-                        mad_wide_u32(ids[j] & u32(0x7FFFFFFF), row_bytes, x_at),
-                        size,
-                    )
-            else:
-                for j in range(batch):
-                    cp_async_16_unless_negative(
-                        u32((to ^ u32((j & 7) << 4)) + u32((b * batch + j) * ATOM_BYTES)),
-                        mad_wide_u32(ids[j], row_bytes, x_at),
-                        u32(ids[j] | beyond),
-                    )
-
-        return copy_batch
-
-    copy0, copy1, copy2, copy3 = (make_copy_batch(min(b, batches - 1)) for b in range(4))
+    @cuda.jit(device=True, forceinline=True)
+    def copy_batch(to, first_row_bytes, ids, row_bytes, x_at, cut, room, beyond):
+        """Start the copies of a batch of a stage's rows, which begin so many bytes behind `to`."""
+        if cut:
+            for j in range(batch):
+                size = room if i32(ids[j]) >= i32(0) else u32(0)
+                cp_async_16(
+                    u32((to ^ u32((j & 7) << 4)) + u32(first_row_bytes + u32(j * ATOM_BYTES))),
+                    mad_wide_u32(ids[j] & u32(0x7FFFFFFF), row_bytes, x_at),
+                    size,
+                )
+        else:
+            for j in range(batch):
+                cp_async_16_unless_negative(
+                    u32((to ^ u32((j & 7) << 4)) + u32(first_row_bytes + u32(j * ATOM_BYTES))),
+                    mad_wide_u32(ids[j], row_bytes, x_at),
+                    u32(ids[j] | beyond),
+                )
 
     def produce(base, full, empty, ids_ring, tid, values, columns, queue, x, n, ldx):
         give_registers()
@@ -160,22 +154,22 @@ def make_producer(config: Config) -> Callable[..., Any]:
                 slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
                 if batches > 1:
                     load_ids(next_ids, u32(ids_now + u32(batch * 4)))
-                    copy0(to, ids, row_bytes, x_at, cut, room, beyond)
+                    copy_batch(to, u32(0), ids, row_bytes, x_at, cut, room, beyond)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                 if batches > 2:
                     load_ids(next_ids, u32(ids_now + u32(2 * batch * 4)))
-                    copy1(to, ids, row_bytes, x_at, cut, room, beyond)
+                    copy_batch(to, u32(batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                     load_ids(next_ids, u32(ids_now + u32(3 * batch * 4)))
-                    copy2(to, ids, row_bytes, x_at, cut, room, beyond)
+                    copy_batch(to, u32(2 * batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                 wait_ids()
                 warp_sync()
                 load_ids(next_ids, u32(own_ids + slot))
-                copy3(to, ids, row_bytes, x_at, cut, room, beyond)
+                copy_batch(to, u32((batches - 1) * batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
                 cp_async_mbarrier_arrive_noinc(full_at)
                 for j in range(batch):
                     ids[j] = next_ids[j]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -34,9 +35,11 @@ needs_tools = pytest.mark.skipif(
 )
 pytestmark = needs_tools
 
-WORKERS = max(1, usable_cores() - 1)
-"""Processes that build kernels while another one runs the other tests: one more would only slow those down, and leave a
-core idle at the end."""
+
+def give_way() -> None:
+    """Let the process that runs the other tests go first: a kernel that is done later delays nothing."""
+    if hasattr(os, "nice"):
+        os.nice(10)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def built(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Futu
         for item in request.session.items
         if item.path == Path(__file__) and hasattr(item, "callspec") and "job" in item.callspec.params
     ]
-    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(2, usable_cores()), mp_context=context, initializer=give_way) as pool:
         yield {job: pool.submit(inspect, *job) for job in jobs}
         pool.shutdown(cancel_futures=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -274,12 +275,19 @@ def test_two_processes_build_the_same_kernel_and_a_third_finds_it(tmp_path: Path
     assert from_cache
 
 
-def test_compiling_leaves_numba_as_it_was() -> None:
+@pytest.mark.parametrize("collects", [True, False])
+def test_compiling_leaves_numba_and_the_collector_as_they_were(collects: bool) -> None:
     pytest.importorskip("numba.cuda")
     from numba.cuda import dispatcher, types
 
     before = dispatcher.get_current_device
-    ptx = compiler.compile_ptx(empty_kernel(), [types.uint64], "sm_90a", "some_name", 64, 2)
+    if not collects:
+        gc.disable()
+    try:
+        ptx = compiler.compile_ptx(empty_kernel(), [types.uint64], "sm_90a", "some_name", 64, 2)
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
     assert dispatcher.get_current_device is before
     assert ".entry some_name(" in ptx and ".target sm_90a" in ptx
     assert ".maxntid 64" in ptx and ".minnctapersm 2" in ptx
