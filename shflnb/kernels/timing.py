@@ -20,6 +20,11 @@ SAMPLE_US = 400.0
 MOST_LAUNCHES = 50
 
 
+def launches_for(us: float, calls: int) -> int:
+    """Launches that make a sample, if one takes so many microseconds; each of the calls as often as the others."""
+    return max(1, int(min(MOST_LAUNCHES, SAMPLE_US / max(us, 1.0))) // calls) * calls
+
+
 @dataclass(frozen=True)
 class Operand(DeviceView):
     """A matrix on a device that belongs to no framework, with the stream that its calls go to."""
@@ -118,26 +123,39 @@ class Bench:
         with self.context.current():
             for one in [*calls, *calls]:
                 one()
-            once = self._elapsed_us(calls[0])
-            turns = max(1, int(min(MOST_LAUNCHES, SAMPLE_US / max(once, 1.0))) // len(calls))
-            launches = turns * len(calls)
-            mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-            check_driver(self.driver.cuStreamBeginCapture(self._stream, mode), "capturing a graph")
-            try:
-                for number in range(launches):
-                    calls[number % len(calls)]()
-            finally:
-                graph = check_driver(self.driver.cuStreamEndCapture(self._stream), "capturing a graph")
-            ready = check_driver(self.driver.cuGraphInstantiate(graph, 0), "making a graph")
-
-            def replay() -> None:
-                check_driver(self.driver.cuGraphLaunch(ready, self._stream), "replaying a graph")
-
-            replay()
+            launches = launches_for(self._elapsed_us(calls[0]), len(calls))
+            graph, replay = self._captured(calls, launches)
+            wanted = launches_for(self._elapsed_us(replay) / launches, len(calls))
+            if wanted > launches:  # the host was slower than the device: more of them make a sample
+                self._destroy(graph)
+                launches = wanted
+                graph, replay = self._captured(calls, launches)
             times = [self._elapsed_us(replay) / launches for _ in range(rounds)]
-            self.driver.cuGraphExecDestroy(ready)
-            self.driver.cuGraphDestroy(graph)
+            self._destroy(graph)
         return statistics.median(times)
+
+    def _captured(
+        self, calls: Sequence[Callable[[], Any]], launches: int
+    ) -> tuple[tuple[Any, Any], Callable[[], None]]:
+        """A graph of so many launches, the calls in turns, with what replays it; replayed once."""
+        mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        check_driver(self.driver.cuStreamBeginCapture(self._stream, mode), "capturing a graph")
+        try:
+            for number in range(launches):
+                calls[number % len(calls)]()
+        finally:
+            graph = check_driver(self.driver.cuStreamEndCapture(self._stream), "capturing a graph")
+        ready = check_driver(self.driver.cuGraphInstantiate(graph, 0), "making a graph")
+
+        def replay() -> None:
+            check_driver(self.driver.cuGraphLaunch(ready, self._stream), "replaying a graph")
+
+        replay()
+        return (graph, ready), replay
+
+    def _destroy(self, graph: tuple[Any, Any]) -> None:
+        self.driver.cuGraphExecDestroy(graph[1])
+        self.driver.cuGraphDestroy(graph[0])
 
     def _elapsed_us(self, call: Callable[[], Any]) -> float:
         start, end = self._events
