@@ -47,9 +47,11 @@ def faster_rows(earlier: Sequence[Row], later: Sequence[Row]) -> tuple[list[Row]
     rows, kept = [], 0
     for row in later:
         other = before.get(tuple(row[key] for key in IDENTITY))
-        is_kept = other is not None and is_faster(other, row)
-        rows.append(other if other is not None and is_kept else row)
-        kept += is_kept
+        if other is not None and is_faster(other, row):
+            rows.append(other)
+            kept += 1
+        else:
+            rows.append(row)
     return rows, kept
 
 

@@ -18,7 +18,6 @@ On the CPU (`device="cpu"`) the same code times with the host's clock. Run scrip
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +26,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from shflnb.kernels.compiler import collector_paused
 
 __all__ = [
     "ERROR_LIMIT",
@@ -324,16 +325,14 @@ def _estimate_us(calls: Sequence[Call]) -> float:
 def eager_us(call: Call, device: str = "cuda", *, device_us: float = 0.0, batches: int = 7) -> float:
     """Microseconds of a call in a plain loop: the host's cost or the device's (`device_us`), whichever is longer.
 
-    Without Python's garbage collection, as in `timeit`: what else the process has made decides how long that takes.
+    Without Python's garbage collection, as in `timeit`.
     """
     is_cuda = device.startswith("cuda")
     calls = int(min(20.0, max(3.0, 5e3 / max(device_us, 1.0))))
     if device_us > SLOW_US:
         calls, batches = 1, 3
     found = []
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with collector_paused():
         for _ in range(batches):
             if is_cuda:
                 torch.cuda.synchronize()
@@ -343,9 +342,6 @@ def eager_us(call: Call, device: str = "cuda", *, device_us: float = 0.0, batche
             if is_cuda:
                 torch.cuda.synchronize()
             found.append((time.perf_counter() - start) / calls * 1e6)
-    finally:
-        if collects:
-            gc.enable()
     return float(np.median(found))
 
 

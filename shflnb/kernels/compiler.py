@@ -28,7 +28,8 @@ from typing import Any
 from ..errors import DeviceError, MissingDependencyError
 from .disk_cache import cache_dir, read_sealed, write_sealed
 
-__all__ = ["Cubin", "arch_of", "assembler", "build", "compile_ptx", "find_tool", "ptxas_assemble"]
+__all__ = ["Cubin", "arch_of", "assembler", "build", "collector_paused", "compile_ptx", "find_tool",
+           "ptxas_assemble"]  # fmt: skip
 
 _MAGIC = b"shflnb-cubin-1\n"
 _COMPILE_LOCK = threading.RLock()
@@ -106,7 +107,7 @@ def compile_ptx(
     capability: tuple[Any, ...] = (int(digits[:-1]), int(digits[-1]))
     if arch.endswith("a"):
         capability += ("a",)
-    with _target_device(capability), _collector_paused():
+    with _target_device(capability), collector_paused():
         ptx, _ = cuda.compile(
             kernel, types.void(*signature), cc=capability, device=False, abi="numba", fastmath=False,
             launch_bounds=(threads, blocks_per_sm),
@@ -136,8 +137,11 @@ def _target_device(capability: tuple[Any, ...]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without Python's garbage collection: with all of torch imported it takes a tenth of the time of a compile."""
+def collector_paused() -> Iterator[None]:
+    """Without Python's garbage collection: what else the process has made decides how long that takes.
+
+    With all of torch imported it is a tenth of the time of a compile.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:
