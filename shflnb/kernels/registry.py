@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from .config import EPILOGUES
 from .launch import KernelSpec
 from .select import candidates
-from .skinny_config import PARTS_RANKS, SkinnyConfig, has_parts
+from .skinny_config import SkinnyConfig
 from .skinny_plan import kernel_spec as skinny_spec
 from .skinny_plan import turn_in_spec, turn_out_spec
-from .skinny_select import few_candidates
+from .skinny_select import few_candidates, parts_candidates
 from .spmm_plan import copy_spec, kernel_spec, transpose_spec
 
 __all__ = ["FAMILIES", "TARGETS", "all_specs", "capability_of"]
@@ -49,11 +48,8 @@ def _moves(arch: str) -> Iterator[KernelSpec]:
 def _few_configs() -> Iterator[SkinnyConfig]:
     """All that `skinny_select.choose_few` may take, and those for several matrices at once."""
     for v, tokens, dtype in itertools.product((16, 32, 64, 128), (16, 32, 64), ("float16", "bfloat16")):
-        for config in few_candidates(v, tokens, dtype):
-            yield config
-            is_common = config.stitchers == 4 and (config.blocks_per_sm == 2 or v == 128)
-            if has_parts(v) and config.ranks <= PARTS_RANKS and is_common:
-                yield replace(config, parts=True)
+        yield from few_candidates(v, tokens, dtype)
+        yield from parts_candidates(v, tokens, dtype)
 
 
 def _few_columns(arch: str) -> Iterator[KernelSpec]:

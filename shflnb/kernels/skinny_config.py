@@ -49,22 +49,44 @@ ACTIVATED = 16
 PARTS_RANKS = 4
 """Most blocks of a cluster where a matrix has parts: they have few groups only if all of them are small."""
 
-LONG_TILES = 48
-"""k tiles of a group from which eight blocks share it, if they stitch token-major x; and from which a block alone on
-its multiprocessor is better off with 17 to 32 columns."""
+LONG_TILES, VERY_LONG_TILES = 48, 96
+"""k tiles of a group from which eight blocks share it, if they stitch token-major x: what each reads of x then stays in
+L1. With 17 to 32 columns only up to the second, where the weights outweigh x."""
 
-TOKENS_SPREAD, TOKENS_SPREAD_SMALL = 56, 64
-"""Tokens per share of kept columns up to which token-major x is stitched value by value: the fewer columns are kept,
-the fewer of a sector's values are. The second where m is small, or k and the number of tokens: alone in a stream both
-ways take as long with 16 tokens at 75 %, but behind another library's kernel each launch more is a microsecond."""
+TOKENS_SMEM = {1: 132 * 1024, 2: 180 * 1024}
+"""Shared memory of a multiprocessor that one or two blocks which stitch token-major x may have: the rest is L1, which x
+is read through. A deeper ring is slower: 4096 x 14336, 75 %, 16 columns: 14.2 us with 20 stages, 12.3 with 11 (these
+and those below: H100, 2026-11-28)."""
 
-TOKENS_NARROW = 0.4
-"""Share of these tokens for groups of 32 rows, which read x twice as often (both: H100, 2026-11-26)."""
+TOKENS_SMEM_128 = 164 * 1024
+"""The first of these for groups of 128 rows, whose stages are large."""
+
+TOKENS_STAGES = 12
+"""Most stages of such a block: as many as groups of 32 rows need for the weights that are on their way."""
+
+TURNED_STAGES = 10
+"""Stages of a block alone on its multiprocessor with 17 to 32 columns of x that was turned: with more of them, the next
+product's blocks find no room meanwhile."""
+
+TOKENS_SPREAD = {16: 25, 32: 100, 64: 256, 128: 256}
+"""Tokens, up to 16 and by rows of a group, per share of kept columns up to which token-major x is stitched value by
+value: the fewer columns are kept, the fewer of a sector's values are; small groups read x more often."""
+
+WIDE_VALUES, WIDE_K = 3_000_000, 16_384
+"""Kept values up to which token-major x of 17 to 32 tokens is stitched, too, in groups of 64 rows: two launches less;
+and most features where groups are long (`LONG_TILES`)."""
+
+MANY_ROWS = 8192
+"""Rows from which a block has many groups, so that what it reads of x must stay in L1 (`X_VALUES`)."""
+
+X_VALUES, X_VALUES_LONG = 65_536, 262_144
+"""Most values of x that two and eight blocks can keep in L1 between them."""
 
 DIRECT_VALUES, DIRECT_FEW_VALUES = 80_000, 400_000
 """Values of a token-major result that are stored one by one, with 16 columns or more and with fewer; more of them are
 turned by a kernel of their own. L2 takes about 80 such stores a nanosecond, and that kernel costs 1.5 to 3 us (H100,
-2026-11-26)."""
+2026-11-26). Three times as many where the product also stitches x: then its groups end one after the other, and there
+is no other launch around it (14336 x 4096, 75 %, 16 columns: 12.7 against 13.7 us; H100, 2026-11-28)."""
 
 BESIDE_BYTES = 4096
 """Shared memory of a multiprocessor that products leave to the kernels that turn x and results: 1 KiB a block."""
@@ -196,11 +218,17 @@ def config_of(
     v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int, *, token_major: bool = False, parts: bool = False,
     stitchers: int = 4,
 ) -> SkinnyConfig:  # fmt: skip
-    """The kernel for n columns and this many ranks, with as many stages as fit."""
+    """The kernel for n columns and this many ranks, with as many stages as fit, or as many as are good."""
     base = SkinnyConfig(v, room_for(n) // 8, ranks, stitchers, dtype, blocks_per_sm=1, token_major=token_major,
                         parts=parts, stitchers=stitchers)  # fmt: skip
     rest = base.smem_bytes - base.stages * base.stage_bytes
     stages = min(20, (_smem_room(blocks_per_sm) - rest) // base.stage_bytes)
+    if token_major:
+        smem = TOKENS_SMEM_128 if v == 128 and blocks_per_sm == 1 else TOKENS_SMEM[blocks_per_sm]
+        beside = (smem // blocks_per_sm - 1024 - rest) // base.stage_bytes
+        stages = min(stages, TOKENS_STAGES, max(beside, stitchers))
+    elif blocks_per_sm == 1 and room_for(n) == 32:
+        stages = min(stages, TURNED_STAGES)
     return replace(base, stages=stages, blocks_per_sm=blocks_per_sm)
 
 
@@ -210,27 +238,33 @@ def choose_config(
 ) -> SkinnyConfig:  # fmt: skip
     """The kernel for a packed matrix of so many groups and k tiles in all, on a device of so many multiprocessors.
 
-    By measurement over layers of language models at 50 to 87.5 % (H200, 2026-11-22; H100, 2026-11-26 and 27): every
-    multiprocessor needs about a group of 64 rows; with up to 32 columns and 16 tiles a group, two ranks are a few
-    percent better than one (their blocks end closer to each other), and with token-major x and very long groups eight;
-    two blocks share an SM unless a stage is large, or there is one for each anyway: then eight warps stitch token-major
-    x, and with 17 to 32 columns groups must be long, for the next product's blocks find no room meanwhile. With `parts`
+    By measurement over layers of language models at 50 to 94 % (H200, 2026-11-22; H100, 2026-11-26 to 28): every
+    multiprocessor needs about a group of 64 rows; with up to 32 columns and 16 tiles a group (8 of token-major x), two
+    ranks are a few percent better than one (their blocks end closer to each other), and with token-major x and long
+    groups eight. Two blocks share an SM unless a stage is large, or there is one for each anyway, or 17 to 32 columns
+    are turned, or groups of 32 rows read token-major x: a block alone stitches that with eight warps. With `parts`
     there are fewer kernels to choose from, so that there are fewer to compile and check.
     """
-    work = groups * v / 64
+    work, room = groups * v / 64, room_for(n)
+    is_long = v >= 64 and tiles >= LONG_TILES * groups and (n <= 16 or tiles < VERY_LONG_TILES * groups)
     ranks = next((r for r in (1, 2, 4) if r * work >= FILLED * sm_count), 8)
-    if ranks == 1 and room_for(n) <= 32 and tiles >= 16 * groups:
+    if ranks == 1 and room <= 32 and tiles >= (8 if token_major else 16) * groups:
         ranks = 2
-    if token_major and tiles >= LONG_TILES * groups:
+    if token_major and is_long:
         ranks = 8
+    elif token_major and room == 32:
+        ranks = 2 if ranks <= 2 else 8
+    elif token_major:  # two k tiles for each
+        ranks = next((r for r in (8, 4, 2) if r <= ranks and 2 * r * groups <= tiles), 1)
     ranks = min(ranks, v // 8, PARTS_RANKS if parts else 8)
-    is_wide = v == 128 or (room_for(n) == 64 and ranks * work < 2 * FILLED * sm_count and not parts)
+    is_wide = v == 128 or (room == 64 and ranks * work < 2 * FILLED * sm_count and not parts)
     stitchers = 4
-    if v == 64 and ranks == 2 and 2 * groups <= sm_count and not parts:
-        if token_major:
-            is_wide, stitchers = True, 8
-        elif room_for(n) == 32:
-            is_wide = tiles >= LONG_TILES * groups
+    if token_major:
+        is_alone = ranks == 2 and (v == 32 or (v == 64 and 2 * groups <= sm_count))
+        is_wide = is_wide or (not parts and (is_alone or room == 32 or (is_long and ranks * groups > sm_count)))
+        stitchers = 8 if is_wide else 4
+    elif v == 64 and room == 32 and ranks <= 2 and not parts:
+        is_wide = True
     return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major, parts=parts,
                      stitchers=stitchers)  # fmt: skip
 
@@ -247,17 +281,23 @@ def predict_us(nbytes: int, sm_count: int) -> float:
 
 def takes_tokens(m: int, k: int, n: int, v: int, density: float) -> bool:
     """Whether the product stitches token-major x itself, at this share of kept columns; else it is turned first."""
-    is_small = m <= 8192 or (k <= 8192 and n <= 8)
-    spread = TOKENS_SPREAD_SMALL if is_small else TOKENS_SPREAD
-    return n <= 16 and n <= spread * density * (1.0 if v >= 64 else TOKENS_NARROW)
+    is_long = v >= 64 and k * density >= LONG_TILES * TILE_K
+    if n > 16:
+        is_worth_it = m * k * density <= WIDE_VALUES or (is_long and m <= MANY_ROWS and k <= WIDE_K)
+        return n <= 32 and v == 64 and density > 0 and is_worth_it
+    fits = k * n <= (X_VALUES_LONG if is_long else X_VALUES)
+    return (m <= MANY_ROWS or fits) and n <= TOKENS_SPREAD[v] * density
 
 
-def stores_directly(m: int, n: int, *, parts: bool = False) -> bool:
+def stores_directly(m: int, n: int, *, parts: bool = False, stitches: bool = False) -> bool:
     """Whether the product itself stores a token-major result, 2 bytes at a time.
 
-    With `parts` m is that of all of them together: the alternative is to turn each, by a launch of its own.
+    `stitches`: it also stitches token-major x. With `parts` m is that of all of them together: the alternative is to
+    turn each, by a launch of its own.
     """
-    return m * n <= (DIRECT_FEW_VALUES if n < 16 else (2 if parts else 1) * DIRECT_VALUES)
+    if n < 16:
+        return m * n <= DIRECT_FEW_VALUES
+    return m * n <= DIRECT_VALUES * (2 if parts else 3 if stitches else 1)
 
 
 def has_parts(v: int) -> bool:

@@ -118,7 +118,7 @@ class Parts:
 
         The result has m * n values: of each part (rows, n), or token-major (n, rows), one behind the other.
         """
-        token_major = takes_tokens(self.m, self.k, n, self.v, self.density)
+        token_major = n <= 16 and takes_tokens(self.m, self.k, n, self.v, self.density)
         plan = self._plan(n, token_major, stream)
         turn_in, ldx = None, self.k
         if not token_major:

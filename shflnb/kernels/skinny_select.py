@@ -7,15 +7,15 @@ stitches it value by value; with the others x is turned first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import Problem
 from .remembered import FEW
 from .select import table_key
-from .skinny_config import SkinnyConfig, choose_config, config_of, room_for, takes_tokens
+from .skinny_config import PARTS_RANKS, SkinnyConfig, choose_config, config_of, has_parts, room_for, takes_tokens
 
-__all__ = ["LAYOUTS", "FewChoice", "choose_few", "few_candidates", "few_key", "fits_few"]
+__all__ = ["LAYOUTS", "FewChoice", "choose_few", "few_candidates", "few_key", "fits_few", "parts_candidates"]
 
 LAYOUTS = ("feature", "token")
 """Layouts of x, and of the result beside it."""
@@ -30,20 +30,33 @@ class FewChoice:
 
 
 def few_candidates(v: int, n: int, dtype: str, layout: str = "token") -> list[SkinnyConfig]:
-    """Every kernel for groups of v rows and n columns (16, 32 or 64 of them have room) that x of this layout may take.
-
-    Those for several matrices at once are the same with `parts`.
-    """
+    """Every kernel for groups of v rows and n columns (16, 32 or 64 have room) that x of this layout may take."""
     tokens, found = room_for(n), []
     for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
-        for blocks in (1,) if v == 128 else (2, 1) if tokens == 64 else (2,):
-            for token_major in (False, True) if tokens == 16 and layout == "token" else (False,):
-                found.append(config_of(v, tokens, ranks, dtype, blocks, token_major=token_major))
-                if v == 64 and ranks == 2 and (token_major or tokens == 32):
-                    alone = config_of(v, tokens, ranks, dtype, 1, token_major=token_major,
-                                      stitchers=8 if token_major else 4)  # fmt: skip
-                    found.append(alone)
+        blocks = (1,) if v == 128 else (2, 1) if tokens == 64 else (2,)
+        if v == 64 and tokens == 32 and ranks <= 2:
+            blocks = (2, 1)
+        found += [config_of(v, tokens, ranks, dtype, b) for b in blocks]
+        if layout == "token" and tokens == 16 and v < 128:
+            found.append(config_of(v, tokens, ranks, dtype, 2, token_major=True))
+        stitched_alone = v == 128 or (v == 64 and ranks in (2, 8)) or (v == 32 and ranks == 2)
+        if layout == "token" and stitched_alone and (tokens == 16 or (tokens == 32 and v == 64)):
+            found.append(config_of(v, tokens, ranks, dtype, 1, token_major=True, stitchers=8))
     return found
+
+
+def parts_candidates(v: int, n: int, dtype: str) -> list[SkinnyConfig]:
+    """Every kernel for several matrices at once, of token-major x that may have been turned; none where v is too small.
+
+    They are those of one matrix, without the ones that only groups of 64 or 32 rows alone on a multiprocessor take.
+    """
+    if not has_parts(v):
+        return []
+    return [
+        replace(config, parts=True)
+        for config in few_candidates(v, n, dtype)
+        if config.ranks <= PARTS_RANKS and (config.blocks_per_sm == 2 or v == 128)
+    ]
 
 
 def fits_few(config: SkinnyConfig, v: int, n: int, dtype: str, layout: str) -> bool:

@@ -30,7 +30,7 @@ import gpu_cases as cases
 from shflnb.kernels import device_call, skinny_parts, skinny_plan
 from shflnb.kernels.epilogue import HAS_BIAS
 from shflnb.kernels.launch import device_context
-from shflnb.kernels.skinny_config import config_of
+from shflnb.kernels.skinny_select import few_candidates, parts_candidates
 from shflnb.kernels.spmm_device import device_linear, device_matmul, device_transpose
 from shflnb.reference import judge
 
@@ -90,12 +90,8 @@ def run_calls() -> list[str]:
 
 
 def few_configs() -> list[Any]:
-    """The few-column kernels: every v, number of ranks, room for tokens and layout of x; four or eight warps stitch."""
-    return [config_of(64, 16, 2, "float16", 1, token_major=True, stitchers=8)] + [
-        config_of(v, n, ranks, "float16", 1 if v == 128 else 2, token_major=token_major)
-        for v in (16, 32, 64, 128) for ranks in (1, 2, 4, 8) if ranks <= v // 8 for n in (16, 32, 64)
-        for token_major in (False, True) if n == 16 or not token_major
-    ]  # fmt: skip
+    """The few-column kernels in float16: every v, number of ranks, room for tokens and layout of x."""
+    return [config for v in (16, 32, 64, 128) for n in (16, 32, 64) for config in few_candidates(v, n, "float16")]
 
 
 def run_few(config: Any, number: int) -> list[str]:
@@ -119,10 +115,7 @@ def run_few(config: Any, number: int) -> list[str]:
 
 def parts_configs() -> list[Any]:
     """What products of several matrices take: v, ranks and layout of x."""
-    return [
-        config_of(v, n, ranks, "float16", 1 if v == 128 else 2, token_major=token_major, parts=True)
-        for v in (32, 64, 128) for ranks in (1, 2, 4) for n, token_major in ((16, True), (16, False), (64, False))
-    ]  # fmt: skip
+    return [config for v in (32, 64, 128) for n in (16, 64) for config in parts_candidates(v, n, "float16")]
 
 
 def run_parts(config: Any, number: int) -> list[str]:

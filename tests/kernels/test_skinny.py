@@ -11,6 +11,7 @@ from shflnb.kernels.select import has_few_columns
 from shflnb.kernels.skinny_config import (
     BESIDE_BYTES,
     MAX_N,
+    TURNED_STAGES,
     SkinnyConfig,
     choose_config,
     config_of,
@@ -46,14 +47,31 @@ def test_as_many_stages_as_fit() -> None:
                 config = config_of(v, n, ranks, "float16", 1)
                 assert config.chunks * 8 == room_for(n) >= n
                 left = SMEM_LIMIT[90] - BESIDE_BYTES - config.smem_bytes
-                assert left >= 0 and (left < config.stage_bytes or config.stages == 20)
+                most = TURNED_STAGES if room_for(n) == 32 else 20
+                assert left >= 0 and (left < config.stage_bytes or config.stages == most)
+
+
+@pytest.mark.parametrize(
+    ("v", "n", "ranks", "blocks", "stitchers", "stages"),
+    [
+        # the deepest rings beside 124 KiB of L1, or 60 KiB; a stage for each warp that stitches
+        (64, 16, 2, 1, 8, 11), (64, 16, 8, 1, 8, 11), (64, 32, 8, 1, 8, 8), (64, 16, 2, 2, 4, 7), (32, 16, 2, 1, 8, 12),
+        (128, 16, 8, 1, 8, 8), (128, 16, 2, 1, 4, 7), (16, 16, 1, 2, 4, 12),
+    ],
+)  # fmt: skip
+def test_stitched_token_major_x_leaves_room_for_l1(
+    v: int, n: int, ranks: int, blocks: int, stitchers: int, stages: int
+) -> None:
+    config = config_of(v, n, ranks, "float16", blocks, token_major=True, stitchers=stitchers)
+    assert config.stages == stages
 
 
 def test_every_choice_is_a_kernel_that_the_registry_knows() -> None:
     known = {spec.key for spec in all_specs("sm_90a")}
     for v in (16, 32, 64, 128):
-        for n, token_major in ((1, True), (16, True), (16, False), (17, False), (32, False), (64, False)):
-            for groups, tiles in ((1, 1), (16, 256), (64, 256), (64, 3584), (96, 1536), (448, 7168), (448, 3584)):
+        for n, token_major in ((1, True), (16, True), (16, False), (17, v == 64), (32, False), (64, False)):
+            for groups, tiles in ((1, 1), (1, 99), (16, 256), (16, 896), (32, 3584), (64, 256), (64, 3584), (64, 7168),
+                                  (96, 1536), (448, 7168), (448, 3584)):  # fmt: skip
                 config = choose_config(v, n, groups, tiles, "bfloat16", 132, token_major=token_major)
                 assert config.dtype == "bfloat16" and config.token_major == token_major
                 assert kernel_spec(config).key in known
@@ -62,10 +80,10 @@ def test_every_choice_is_a_kernel_that_the_registry_knows() -> None:
 @pytest.mark.parametrize(
     ("m", "k", "v", "n", "ranks", "blocks"),
     [
-        # measured best, or within 3 % of it, at 75 % on one H200 (2026-11-22) or H100 (2026-11-26)
-        (28672, 4096, 64, 1, 2, 2), (28672, 4096, 64, 16, 2, 2), (28672, 4096, 64, 32, 2, 2),
+        # measured best, or within 3 % of it, at 75 % on one H200 (2026-11-22) or H100 (2026-11-26 and 28)
+        (28672, 4096, 64, 1, 2, 2), (28672, 4096, 64, 16, 2, 2), (28672, 4096, 64, 32, 2, 1),
         (28672, 4096, 64, 64, 1, 2),
-        (4096, 14336, 64, 8, 2, 2), (4096, 14336, 64, 32, 2, 1), (4096, 4096, 64, 32, 2, 2),
+        (4096, 14336, 64, 8, 2, 2), (4096, 14336, 64, 32, 2, 1), (4096, 4096, 64, 32, 2, 1),
         (4096, 14336, 64, 64, 2, 1), (4096, 4096, 64, 8, 2, 2),
         (6144, 4096, 64, 16, 2, 2), (1024, 4096, 64, 1, 8, 2), (28672, 4096, 128, 16, 2, 1),
         (4096, 14336, 128, 8, 2, 1),
@@ -78,8 +96,10 @@ def test_the_choice_on_measured_layers(m: int, k: int, v: int, n: int, ranks: in
     assert (config.ranks, config.blocks_per_sm) == (ranks, blocks)
 
 
-def test_87_percent_is_not_split() -> None:
+def test_87_percent_is_split_for_token_major_x_only() -> None:
     assert choose_config(64, 1, 448, 448 * 8, "float16", 132).ranks == 1
+    assert choose_config(64, 1, 448, 448 * 8, "float16", 132, token_major=True).ranks == 2
+    assert choose_config(64, 1, 448, 448 * 7, "float16", 132, token_major=True).ranks == 1
 
 
 @pytest.mark.parametrize(
@@ -95,9 +115,11 @@ def test_long_groups_of_token_major_x_are_split_further(v: int, k: int, sparsity
 @pytest.mark.parametrize(
     ("m", "k", "v", "n", "blocks", "stitchers"),
     [
-        # measured best with token-major x on one H100 (2026-11-27)
+        # measured best with token-major x on one H100 (2026-11-27 and 28)
         (4096, 4096, 64, 1, 1, 8), (4096, 4096, 64, 16, 1, 8), (6144, 4096, 64, 16, 2, 4), (28672, 4096, 64, 8, 2, 4),
-        (4096, 14336, 64, 16, 2, 4), (4096, 4096, 32, 4, 2, 4), (4096, 4096, 128, 16, 1, 4),
+        (4096, 14336, 64, 16, 1, 8), (4096, 14336, 32, 8, 1, 8), (28672, 4096, 32, 8, 1, 8),
+        (4096, 14336, 128, 16, 1, 8), (28672, 4096, 128, 8, 1, 8), (4096, 14336, 64, 32, 1, 8),
+        (1024, 14336, 64, 8, 2, 4), (1024, 1024, 64, 8, 1, 8), (1024, 4096, 64, 8, 2, 4), (1024, 4096, 64, 32, 1, 8),
     ],
 )  # fmt: skip
 def test_blocks_alone_on_a_multiprocessor_stitch_with_more_warps(
@@ -106,8 +128,8 @@ def test_blocks_alone_on_a_multiprocessor_stitch_with_more_warps(
     groups = m // v
     config = choose_config(v, n, groups, groups * (k // 4 // 64), "float16", 132, token_major=True)
     assert (config.blocks_per_sm, config.stitchers) == (blocks, stitchers)
-    joined = choose_config(v, n, groups, groups * (k // 4 // 64), "float16", 132, token_major=True, parts=True)
-    assert joined.stitchers == 4
+    joined = choose_config(v, min(n, 16), groups, groups * (k // 4 // 64), "float16", 132, token_major=True, parts=True)
+    assert joined.stitchers == (8 if v == 128 else 4)
 
 
 def test_the_crossovers() -> None:
@@ -116,13 +138,22 @@ def test_the_crossovers() -> None:
     assert stores_directly(28672, 8) and stores_directly(28672, 12) and not stores_directly(28672, 16)
     assert not stores_directly(131072, 8)
     assert stores_directly(4096, 16) and not stores_directly(4096, 32)
+    assert stores_directly(4096, 32, stitches=True) and not stores_directly(28672, 16, stitches=True)
+    assert stores_directly(8192, 16, parts=True) and not stores_directly(14336, 16, parts=True, stitches=True)
     small, long = (4096, 4096), (4096, 14336)
-    assert takes_tokens(*small, 16, 64, 0.25) and not takes_tokens(*small, 17, 64, 1.0)
-    assert takes_tokens(*small, 8, 128, 0.125) and not takes_tokens(*small, 8, 32, 0.25)
-    assert takes_tokens(*long, 16, 64, 0.25) and not takes_tokens(*long, 9, 64, 0.125)
-    assert takes_tokens(28672, 8192, 8, 64, 0.25) and not takes_tokens(28672, 14336, 16, 64, 0.25)
-    assert takes_tokens(*long, 16, 64, 0.5) and takes_tokens(*small, 4, 32, 0.25)
-    assert takes_tokens(28672, 4096, 8, 64, 0.125) and not takes_tokens(28672, 4096, 16, 64, 0.25)
+    assert takes_tokens(*small, 16, 64, 0.25) and not takes_tokens(*small, 17, 64, 0.5)
+    assert takes_tokens(*small, 16, 64, 0.0625) and not takes_tokens(*small, 16, 64, 0.06)
+    assert takes_tokens(*small, 6, 16, 0.25) and not takes_tokens(*small, 7, 16, 0.25)
+    assert takes_tokens(*long, 12, 32, 0.125) and not takes_tokens(*long, 13, 32, 0.125)
+    assert takes_tokens(1024, 4096, 32, 64, 0.25) and not takes_tokens(1024, 4096, 32, 32, 0.25)
+    assert not takes_tokens(8192, 28672, 32, 64, 0.25) and not takes_tokens(28672, 14336, 32, 64, 0.25)
+    assert not takes_tokens(*small, 20, 64, 0.0)
+    assert takes_tokens(*long, 16, 128, 0.125) and takes_tokens(*long, 32, 64, 0.25)
+    assert not takes_tokens(*long, 32, 64, 0.125) and not takes_tokens(*long, 32, 128, 0.25)
+    assert not takes_tokens(*long, 33, 64, 0.25)
+    assert takes_tokens(28672, 4096, 16, 64, 0.125) and not takes_tokens(28672, 8192, 16, 64, 0.25)
+    assert takes_tokens(28672, 8192, 8, 64, 0.25) and takes_tokens(28672, 14336, 16, 64, 0.25)
+    assert not takes_tokens(28672, 14336, 16, 32, 0.25)
     assert not takes_tokens(*small, 1, 64, 0.0)
 
 

@@ -30,7 +30,7 @@ def test_candidates_fit_and_are_known(v: int, n: int) -> None:
             assert fits_few(config, v, n, "float16", layout) and kernel_spec(config).key in known
     token, feature = (set(few_candidates(v, n, "float16", layout)) for layout in ("token", "feature"))
     assert feature == {config for config in token if not config.token_major}
-    assert (token != feature) == (n <= 16)
+    assert (token != feature) == (n <= 16 or (v == 64 and n <= 32))
 
 
 @pytest.mark.parametrize(
