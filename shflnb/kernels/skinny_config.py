@@ -9,7 +9,8 @@ from .config import EPILOGUES, SMEM_LIMIT
 
 __all__ = ["ACTIVATED", "BARRIER_BYTES", "FIRST_PLACES", "FOURS", "MAX_N", "PARTS_RANKS", "TILE_K",
            "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of",
-           "has_parts", "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens"]  # fmt: skip
+           "has_parts", "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens",
+           "without_clusters"]  # fmt: skip
 
 MAX_N = 64
 """Columns that the kernel has room for."""
@@ -267,6 +268,16 @@ def choose_config(
         is_wide = True
     return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major, parts=parts,
                      stitchers=stitchers)  # fmt: skip
+
+
+def without_clusters(config: SkinnyConfig) -> SkinnyConfig:
+    """The kernel that takes the place of another where a device has no room for clusters, as a part of one may."""
+    blocks, stitchers, n = config.blocks_per_sm, config.stitchers, 8 * config.chunks
+    if config.token_major and config.v < 128 and n == 16:
+        blocks, stitchers = 2, 4
+    alone = config_of(config.v, n, 1, config.dtype, blocks, token_major=config.token_major, parts=config.parts,
+                      stitchers=stitchers)  # fmt: skip
+    return alone.with_epilogue(config.epilogue)
 
 
 def memory_us(nbytes: int, sm_count: int) -> float:

@@ -19,7 +19,7 @@ from .skinny_config import (
     TURN_OUT_FEATURES,
     TURN_THREADS,
     SkinnyConfig,
-    config_of,
+    without_clusters,
 )
 from .skinny_select import choose_few
 from .spmm_plan import DeviceWeights, device_weights, keep, problem_of, tuned_entries
@@ -121,9 +121,7 @@ def find_room(
             clusters = kernel.max_clusters(config.ranks)
     if clusters == 0:  # one block each, also where a part of a device has no room for a cluster
         if config.ranks > 1:
-            alone = config_of(config.v, 8 * config.chunks, 1, config.dtype, config.blocks_per_sm,
-                              token_major=config.token_major, parts=config.parts)  # fmt: skip
-            config = alone.with_epilogue(config.epilogue)
+            config = without_clusters(config)
         kernel = context.kernel(kernel_spec(config), stream)
         clusters = context.sm_count * config.blocks_per_sm
     return config, kernel, min(clusters, groups)

@@ -7,7 +7,7 @@ stitches it value by value; with the others x is turned first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from .config import Problem
@@ -19,6 +19,11 @@ __all__ = ["LAYOUTS", "FewChoice", "choose_few", "few_candidates", "few_key", "f
 
 LAYOUTS = ("feature", "token")
 """Layouts of x, and of the result beside it."""
+
+
+ALONE = {(128, 16): (1, 2, 4, 8), (64, 16): (2, 8), (64, 32): (1, 2, 8), (32, 16): (2,)}
+"""By rows of a group and room for tokens: the ranks with which a block alone on its multiprocessor stitches token-major
+x with eight warps. Where there are no clusters, there is one rank."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,15 @@ def few_candidates(v: int, n: int, dtype: str, layout: str = "token") -> list[Sk
     """Every kernel for groups of v rows and n columns (16, 32 or 64 have room) that x of this layout may take."""
     tokens, found = room_for(n), []
     for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
-        blocks = (1,) if v == 128 else (2, 1) if tokens == 64 else (2,)
-        if v == 64 and tokens == 32 and ranks <= 2:
-            blocks = (2, 1)
+        blocks: tuple[int, ...] = (1,) if v == 128 else (2,)
+        if v < 128 and (tokens == 64 or (v == 64 and tokens == 32 and ranks <= 2)):
+            blocks = (2, 1) if ranks == 1 else (1,)
         found += [config_of(v, tokens, ranks, dtype, b) for b in blocks]
-        if layout == "token" and tokens == 16 and v < 128:
+        if layout == "feature" or tokens == 64:
+            continue
+        if tokens == 16 and v < 128:
             found.append(config_of(v, tokens, ranks, dtype, 2, token_major=True))
-        stitched_alone = v == 128 or (v == 64 and ranks in (2, 8)) or (v == 32 and ranks == 2)
-        if layout == "token" and stitched_alone and (tokens == 16 or (tokens == 32 and v == 64)):
+        if ranks in ALONE.get((v, tokens), ()):
             found.append(config_of(v, tokens, ranks, dtype, 1, token_major=True, stitchers=8))
     return found
 
@@ -48,15 +54,15 @@ def few_candidates(v: int, n: int, dtype: str, layout: str = "token") -> list[Sk
 def parts_candidates(v: int, n: int, dtype: str) -> list[SkinnyConfig]:
     """Every kernel for several matrices at once, of token-major x that may have been turned; none where v is too small.
 
-    They are those of one matrix, without the ones that only groups of 64 or 32 rows alone on a multiprocessor take.
+    They are those of one matrix with two blocks on a multiprocessor, or with one where v is 128.
     """
-    if not has_parts(v):
-        return []
-    return [
-        replace(config, parts=True)
-        for config in few_candidates(v, n, dtype)
-        if config.ranks <= PARTS_RANKS and (config.blocks_per_sm == 2 or v == 128)
-    ]
+    blocks, stitchers = (1, 8) if v == 128 else (2, 4)
+    found = []
+    for ranks in (r for r in (1, 2, 4, 8) if has_parts(v) and r <= PARTS_RANKS):
+        found.append(config_of(v, n, ranks, dtype, blocks, parts=True))
+        if room_for(n) == 16:
+            found.append(config_of(v, n, ranks, dtype, blocks, token_major=True, parts=True, stitchers=stitchers))
+    return found
 
 
 def fits_few(config: SkinnyConfig, v: int, n: int, dtype: str, layout: str) -> bool:

@@ -1,7 +1,8 @@
 """Every GPU kernel compiled, assembled and inspected without a GPU: no spills, no local memory, the right instructions.
 
 The kernels come from `registry.all_specs`. By default every (kernel, tiling, architecture) is built in one of its
-dtypes and epilogues, another one on each architecture; `pytest -m full tests/kernels/test_compile_all.py` builds all.
+dtypes and epilogues, and in another one for the newer architectures; `pytest -m full tests/kernels/test_compile_all.py`
+builds all. Compiling takes far longer than assembling, so what the compiler treats alike is compiled once (`ALIKE`).
 """
 
 from __future__ import annotations
@@ -60,10 +61,33 @@ def specs_of(arch: str) -> dict[str, KernelSpec]:
     return {spec.key: spec for spec in all_specs(arch)}
 
 
-def inspect(arch: str, key: str) -> Inspection:
-    """Compile a kernel to PTX, assemble it, disassemble it, count."""
+ALIKE = (("sm_80", "sm_86", "sm_89", "sm_90"), ("sm_100", "sm_120"), ("sm_90a",))
+"""Architectures for which Numba's PTX differs in the name of the target only: NVVM has two code generators."""
+
+
+def alike(arch: str) -> tuple[str, ...]:
+    return next(group for group in ALIKE if arch in group)
+
+
+def ptx_of(arch: str, key: str) -> str:
     spec = specs_of(arch)[key]
-    ptx = compiler.compile_ptx(spec.make(), spec.signature(), arch, spec.name, spec.threads, spec.blocks_per_sm)
+    return compiler.compile_ptx(spec.make(), spec.signature(), arch, spec.name, spec.threads, spec.blocks_per_sm)
+
+
+def retarget(ptx: str, arch: str) -> str:
+    """The PTX for another architecture that is alike."""
+    text, count = re.subn(r"(?m)^\.target \w+", f".target {arch}", ptx)
+    assert count == 1
+    return text
+
+
+def inspect(key: str, archs: tuple[str, ...]) -> dict[str, Inspection]:
+    """Compile a kernel to PTX; for each of these architectures, which are alike, assemble, disassemble, count."""
+    ptx = ptx_of(archs[0], key)
+    return {arch: examine(retarget(ptx, arch), arch) for arch in archs}
+
+
+def examine(ptx: str, arch: str) -> Inspection:
     cubin, report = compiler.ptxas_assemble(ptx, arch)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -87,6 +111,10 @@ def inspect(arch: str, key: str) -> Inspection:
     )
 
 
+Built = dict[tuple[str, str], Future[dict[str, Inspection]]]
+"""(architecture, key) -> what comes of it, beside what comes of the same PTX elsewhere."""
+
+
 # --- what is built ---------------------------------------------------------------------------------------------------
 def tiling_of(spec: KernelSpec) -> str:
     """The kernel's name without dtype and epilogue."""
@@ -99,13 +127,12 @@ def architectures_of(tiling: str) -> tuple[str, ...]:
 
 
 def chosen(arch: str) -> Iterator[str]:
-    """Keys of the default run: of each tiling one variant, another one on each architecture; two of wgmma's tiles."""
+    """Keys of the default run: of each tiling one variant, another one for each of `ALIKE`; two of wgmma's tiles."""
     by_tiling: dict[str, list[str]] = {}
     for spec in specs_of(arch).values():
         by_tiling.setdefault(tiling_of(spec), []).append(spec.key)
     for place, variants in enumerate(by_tiling.values()):
-        turn = place + 3 * TARGETS.index(arch)
-        picks = {turn % len(variants)}
+        picks = {(place + 3 * ALIKE.index(alike(arch))) % len(variants)}
         if specs_of(arch)[variants[0]].family == "sm90":
             picks = {5 * (place % 2) % len(variants), (2 + 3 * place) % len(variants)}
         yield from (variants[pick] for pick in sorted(picks))
@@ -120,16 +147,20 @@ def name_of(job: tuple[str, str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def built(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future[Inspection]]]:
+def built(request: pytest.FixtureRequest) -> Iterator[Built]:
     """All kernels that the selected tests need, on their way through a pool of processes; see `tests/conftest.py`."""
-    jobs = [
-        item.callspec.params["job"]
-        for item in request.session.items
-        if item.path == Path(__file__) and hasattr(item, "callspec") and "job" in item.callspec.params
-    ]
+    together: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for item in request.session.items:
+        if item.path == Path(__file__) and hasattr(item, "callspec") and "job" in item.callspec.params:
+            arch, key = item.callspec.params["job"]
+            together.setdefault((key, alike(arch)), []).append(arch)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(2, usable_cores()), mp_context=context, initializer=give_way) as pool:
-        yield {job: pool.submit(inspect, *job) for job in jobs}
+        futures = {}
+        for (key, _), archs in together.items():
+            future = pool.submit(inspect, key, tuple(archs))
+            futures.update({(arch, key): future for arch in archs})
+        yield futures
         pool.shutdown(cancel_futures=True)
 
 
@@ -185,14 +216,34 @@ def check(job: tuple[str, str], found: Inspection) -> None:
 
 
 @pytest.mark.parametrize("job", DEFAULT, ids=name_of)
-def test_kernel(job: tuple[str, str], built: dict[tuple[str, str], Future[Inspection]]) -> None:
-    check(job, built[job].result())
+def test_kernel(job: tuple[str, str], built: Built) -> None:
+    check(job, built[job].result()[job[0]])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("job", REST, ids=name_of)
-def test_other_variant(job: tuple[str, str], built: dict[tuple[str, str], Future[Inspection]]) -> None:
-    check(job, built[job].result())
+def test_other_variant(job: tuple[str, str], built: Built) -> None:
+    check(job, built[job].result()[job[0]])
+
+
+def test_what_is_alike_is_alike() -> None:
+    """A product and what every architecture has, compiled for each of them: the same instructions.
+
+    Their order and the numbers of registers differ from one compile to the next.
+    """
+
+    def instructions(arch: str, key: str) -> Counter[str]:
+        lines = retarget(ptx_of(arch, key), "any").splitlines()
+        generated = re.compile(r"NumbaEnv|_cudapy_smem")
+        return Counter(re.sub(r"(%[a-z]+|\$L__BB\d+_)\d+", r"\1", line) for line in lines if not generated.search(line))
+
+    product = next(key for key, spec in specs_of("sm_80").items() if spec.family == "sm80" and "_v16_n64_" in spec.name)
+    copies = next(key for key, spec in specs_of("sm_80").items() if spec.family == "copy")
+    for group in ALIKE[:2]:
+        for key, archs in ((product, (group[0], group[-1])), (copies, group)):
+            first, *others = (instructions(arch, key) for arch in archs)
+            assert all(other == first for other in others), (key, archs)
+    assert instructions("sm_80", copies) != instructions("sm_100", copies), "one compile would do for all"
 
 
 def test_every_candidate_is_listed_and_built() -> None:
@@ -244,7 +295,7 @@ def test_spills_are_seen() -> None:
     spec = KernelSpec("spilling", "spilling", "test", make, 2, 128)
     specs_of("sm_80")["spilling"] = spec
     try:
-        found = inspect("sm_80", "spilling")
+        found = inspect("spilling", ("sm_80",))["sm_80"]
     finally:
         del specs_of("sm_80")["spilling"]
     assert found.stack > 0

@@ -350,16 +350,20 @@ def test_a_device_without_room_for_clusters(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(EmulatedKernel, "max_clusters", lambda self, cluster: 0)
     packed = random_packed(133, 70, 64, seed=6, integers=True)
     x = integers(np.random.default_rng(6), (70, 8), "float16")
-    y = device.read(device_matmul(packed, device.array(x)))
-    assert (y.astype(np.float64) == product(packed, x)).all()
-    assert len(device.launched) == 1 and "_r1_" in device.launched[0]
+    for token_major in (False, True):
+        device.launched.clear()
+        given = device.array(np.ascontiguousarray(x.T) if token_major else x)
+        y = device.read(device_linear(given, packed)).T if token_major else device.read(device_matmul(packed, given))
+        assert (y.astype(np.float64) == product(packed, x)).all()
+        assert len(device.launched) == 1 and "_r1_" in device.launched[0]
+        assert ("_tokens_" in device.launched[0]) == token_major
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(133, 20, 70), (136, 32, 72), (1, 17, 9), (70, 11, 64)])
 def test_token_major_operands_are_turned(m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """x before and the result behind the product, whole chunks and parts of them, aligned and not."""
     monkeypatch.setattr(skinny_select, "takes_tokens", lambda *_: False)
-    monkeypatch.setattr(device_call, "stores_directly", lambda m, n: False)
+    monkeypatch.setattr(device_call, "stores_directly", lambda m, n, **_: False)
     packed = random_packed(m, k, 64, seed=5, integers=True)
     x = integers(np.random.default_rng(5), (n, k), "float16")
     for pitch, shift in ((k, 0), (k + 1, 3), (-(-k // 8) * 8 + 8, 0)):

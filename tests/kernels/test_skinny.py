@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 
 from shflnb import errors
@@ -20,8 +23,10 @@ from shflnb.kernels.skinny_config import (
     room_for,
     stores_directly,
     takes_tokens,
+    without_clusters,
 )
 from shflnb.kernels.skinny_plan import kernel_spec
+from shflnb.kernels.skinny_select import few_candidates, parts_candidates
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,17 @@ def test_every_choice_is_a_kernel_that_the_registry_knows() -> None:
                 config = choose_config(v, n, groups, tiles, "bfloat16", 132, token_major=token_major)
                 assert config.dtype == "bfloat16" and config.token_major == token_major
                 assert kernel_spec(config).key in known
+
+
+def test_without_clusters_there_is_a_kernel_of_one_rank_for_the_same_call() -> None:
+    known = {spec.key for spec in all_specs("sm_90a")}
+    for v, n in itertools.product((16, 32, 64, 128), (16, 32, 64)):
+        for config in (*few_candidates(v, n, "float16"), *parts_candidates(v, n, "float16")):
+            alone = without_clusters(config.with_epilogue("gelu"))
+            same = replace(alone, epilogue="plain", ranks=config.ranks, stages=config.stages,
+                           blocks_per_sm=config.blocks_per_sm, stitchers=config.stitchers)  # fmt: skip
+            assert alone.ranks == 1 and same == config
+            assert kernel_spec(alone).key in known
 
 
 @pytest.mark.parametrize(
