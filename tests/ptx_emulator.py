@@ -233,6 +233,11 @@ def _constant(value: np.ndarray) -> Callable[[Any], np.ndarray]:
     return lambda w: value
 
 
+@functools.cache
+def _steps(count: int) -> np.ndarray:
+    return np.arange(count)
+
+
 # --- machine ---------------------------------------------------------------------------------------------------------
 class Memory:
     """Bytes with bounds, alignment and a record of what was ever written."""
@@ -240,19 +245,21 @@ class Memory:
     def __init__(self, name: str, base: int, size: int, *, is_open: bool) -> None:
         self.name, self.base = name, base
         self.data = np.full(size, 0xCB, np.uint8)
-        self.open = np.full(size, is_open)
+        self.open, self.all_open = np.full(size, is_open), is_open
         self.written = np.zeros(size, bool)
         self.unwritten_reads = 0
 
     def _places(self, addresses: np.ndarray, count: int, what: str) -> np.ndarray:
         at = addresses - self.base
-        if (at < 0).any() or (at + count > self.data.size).any():
+        if len(at) == 0:
+            return at[:, None] + _steps(count)
+        if at.min() < 0 or at.max() + count > self.data.size:
             bad = addresses[(at < 0) | (at + count > self.data.size)][0]
             raise PtxError(f"{what} of {count} bytes at {bad:#x}, outside {self.name} memory")
-        if (at % count).any():
+        if count > 1 and np.bitwise_or.reduce(at % count):
             raise PtxError(f"{what} of {count} bytes at {addresses[at % count != 0][0]:#x} is misaligned")
-        places = at[:, None] + np.arange(count)
-        if not self.open[places].all():
+        places = at[:, None] + _steps(count)
+        if not self.all_open and not self.open[places].all():
             bad = addresses[~self.open[places].all(1)][0]
             raise PtxError(f"{what} of {count} bytes at {bad:#x} leaves its array in {self.name} memory")
         return places
@@ -340,13 +347,33 @@ class Cluster:
     barrier: Rendezvous = field(default_factory=Rendezvous)
 
 
+_SPARE: dict[int, list[np.ndarray]] = {}  # registers of launches that are over, by size: fresh memory costs page faults
+_MOST_SPARE = 512
+
+
+def _take_registers(size: int) -> np.ndarray:
+    """Bytes with anything in them."""
+    size = -(-size // (1 << 16)) << 16
+    return _SPARE[size].pop() if _SPARE.get(size) else np.empty(size, np.uint8)
+
+
+def _give_registers(registers: np.ndarray) -> None:
+    kept = _SPARE.setdefault(registers.size, [])
+    if sum(map(len, _SPARE.values())) < _MOST_SPARE:
+        kept.append(registers)
+
+
 class Warp:
     """Registers, position and unfinished business of 32 lanes."""
 
     def __init__(self, machine: Machine, program: Program, block: Block, number: int, special: dict[str, Any]) -> None:
         self.machine, self.program, self.block, self.number = machine, program, block, number
         # what is read before it is written is not zero by luck; in the thousands of float registers it is anything
-        self.files = {cls: np.empty((count, LANES), DTYPES[cls]) for cls, count in program.counts.items()}
+        sizes = {cls: count * LANES * np.dtype(DTYPES[cls]).itemsize for cls, count in program.counts.items()}
+        self.registers, end, self.files = _take_registers(sum(sizes.values())), 0, {}
+        for cls, size in sizes.items():
+            self.files[cls] = self.registers[end : end + size].view(DTYPES[cls]).reshape(-1, LANES)
+            end += size
         for cls in ("b16", "b32", "b64"):
             self.files[cls].view(np.uint8)[...] = 0xA5
         self.files["pred"][...] = False
@@ -551,6 +578,8 @@ class Machine:
                     entry[1]()
             if w.wgmma_checks:
                 raise PtxError(f"{program.name} ends with a wgmma nobody waited for")
+        for w in warps:
+            _give_registers(w.registers)
 
 
 # --- what instructions do --------------------------------------------------------------------------------------------
