@@ -245,7 +245,7 @@ class Memory:
     def __init__(self, name: str, base: int, size: int, *, is_open: bool) -> None:
         self.name, self.base = name, base
         self.data = np.full(size, 0xCB, np.uint8)
-        self.open, self.all_open = np.full(size, is_open), is_open
+        self.open = None if is_open else np.zeros(size, bool)  # None: all of it
         self.written = np.zeros(size, bool)
         self.unwritten_reads = 0
 
@@ -259,7 +259,7 @@ class Memory:
         if count > 1 and np.bitwise_or.reduce(at % count):
             raise PtxError(f"{what} of {count} bytes at {addresses[at % count != 0][0]:#x} is misaligned")
         places = at[:, None] + _steps(count)
-        if not self.all_open and not self.open[places].all():
+        if self.open is not None and not self.open[places].all():
             bad = addresses[~self.open[places].all(1)][0]
             raise PtxError(f"{what} of {count} bytes at {bad:#x} leaves its array in {self.name} memory")
         return places

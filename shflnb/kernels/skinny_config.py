@@ -78,7 +78,7 @@ WIDE_VALUES, WIDE_K = 3_000_000, 16_384
 and most features where groups are long (`LONG_TILES`)."""
 
 MANY_ROWS = 8192
-"""Rows from which a block has many groups, so that what it reads of x must stay in L1 (`X_VALUES`)."""
+"""With more rows a block has many groups, so that what it reads of x must stay in L1 (`X_VALUES`)."""
 
 X_VALUES, X_VALUES_LONG = 65_536, 262_144
 """Most values of x that two and eight blocks can keep in L1 between them."""
@@ -259,15 +259,13 @@ def choose_config(
         ranks = next((r for r in (8, 4, 2) if r <= ranks and 2 * r * groups <= tiles), 1)
     ranks = min(ranks, v // 8, PARTS_RANKS if parts else 8)
     is_wide = v == 128 or (room == 64 and ranks * work < 2 * FILLED * sm_count and not parts)
-    stitchers = 4
     if token_major:
         is_alone = ranks == 2 and (v == 32 or (v == 64 and 2 * groups <= sm_count))
         is_wide = is_wide or (not parts and (is_alone or room == 32 or (is_long and ranks * groups > sm_count)))
-        stitchers = 8 if is_wide else 4
     elif v == 64 and room == 32 and ranks <= 2 and not parts:
         is_wide = True
     return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major, parts=parts,
-                     stitchers=stitchers)  # fmt: skip
+                     stitchers=8 if token_major and is_wide else 4)  # fmt: skip
 
 
 def without_clusters(config: SkinnyConfig) -> SkinnyConfig:
