@@ -631,7 +631,7 @@ def _action(p: Program, s: Statement) -> Callable[[Warp, np.ndarray | None], Any
     }  # fmt: skip
     if name in special:
         return special[name](p, s)
-    if whole.startswith(("griddepcontrol", "fence", "setmaxnreg", "membar")):
+    if whole.startswith(("griddepcontrol", "fence", "setmaxnreg", "membar", "nanosleep")):
         return lambda w, m: None
     out, kind = p.write(s.args[0]), s.op[-1]
     if name in _BINARY:

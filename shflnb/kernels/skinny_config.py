@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
-__all__ = ["ACTIVATED", "BARRIER_BYTES", "FIRST_PLACES", "FOURS", "MAX_N", "PARTS_RANKS", "TILE_K",
-           "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of",
-           "has_parts", "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens",
+__all__ = ["ACTIVATED", "BARRIER_BYTES", "FIRST_PLACES", "FOURS", "MAX_N", "PACED", "PARTS_RANKS", "TILE_K",
+           "TURN_CHUNKS", "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config",
+           "config_of", "has_parts", "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens",
            "without_clusters"]  # fmt: skip
 
 MAX_N = 64
@@ -40,6 +40,11 @@ TURN_THREADS = 64
 TURN_IN_FEATURES, TURN_OUT_FEATURES = 4, 8
 """Features that a thread of them turns."""
 
+TURN_CHUNKS = 4
+"""Most 16-byte chunks (8 tokens) of the same features that neighbouring threads turn, so that what a warp stores
+together fills sectors of x, and lines of the result. 4096 x 4096, 75 %, 64 columns, both turns included: 7.4 us with 4,
+7.8 with 2 or 8, 8.1 with chunks of x one after the other (H200, 2026-11-28)."""
+
 FOURS = 1
 """Flag of the kernel that turns x: features are contiguous, a multiple of four, and each four start at 8-byte
 boundaries."""
@@ -47,23 +52,38 @@ boundaries."""
 ACTIVATED = 16
 """Flag of a part whose results the epilogue's activation is for, beside those of `epilogue.py`."""
 
+PACED = 32
+"""Flag, beside those, of a product whose x is turned before it: its first weights are asked for slowly. At full speed
+they hold up the kernels that turn, which all blocks wait for: a turn has stored what it has to within a microsecond,
+but then counts as done only two later."""
+
+FILL_NS = 2000
+"""Nanoseconds in which such a product fills its ring: 14336 x 4096, 75 %, 32 columns: 12.5 us at full speed, 11.8 in
+2000 ns, 12.0 in 4000 (H200, 2026-11-28)."""
+
 PARTS_RANKS = 4
 """Most blocks of a cluster where a matrix has parts: they have few groups only if all of them are small."""
 
-LONG_TILES, VERY_LONG_TILES = 48, 96
-"""k tiles of a group from which eight blocks share it, if they stitch token-major x: what each reads of x then stays in
-L1. With 17 to 32 columns only up to the second, where the weights outweigh x."""
+LONG_TILES = 48
+"""k tiles of a group of 128 rows from which eight blocks share it, if they stitch token-major x: what each reads of x
+then stays in L1. Of smaller groups there are too many: only 15 clusters of eight find room at a time."""
 
-TOKENS_SMEM = {1: 132 * 1024, 2: 180 * 1024}
+TOKENS_SMEM = {1: 112 * 1024, 2: 164 * 1024}
 """Shared memory of a multiprocessor that one or two blocks which stitch token-major x may have: the rest is L1, which x
-is read through. A deeper ring is slower: 4096 x 14336, 75 %, 16 columns: 14.2 us with 20 stages, 12.3 with 11 (these
-and those below: H100, 2026-11-28)."""
+is read through. A deeper ring is slower: 4096 x 14336, 75 %, 16 columns: 14.2 us with 20 stages, 12.3 with 11 (H100,
+2026-11-28); 87.5 %, 8 columns: 6.7 us with 11, 6.3 with nine (H200, 2026-11-28). L1 has what remains of the next larger
+of 132, 164 and 196 KiB."""
 
 TOKENS_SMEM_128 = 164 * 1024
 """The first of these for groups of 128 rows, whose stages are large."""
 
 TOKENS_STAGES = 12
 """Most stages of such a block: as many as groups of 32 rows need for the weights that are on their way."""
+
+SHORT_TILES = 24
+"""k tiles of a group below which two blocks share a multiprocessor with 17 to 32 columns of x that was turned, where
+there are groups for both: the ends of groups are then much of the time (14336 x 4096, 75 %: 11.8 us in place of 12.8;
+28672 x 4096, 50 %: 36.7 in place of 35.9; H200, 2026-11-28)."""
 
 TURNED_STAGES = 10
 """Stages of a block alone on its multiprocessor with 17 to 32 columns of x that was turned: with more of them, the next
@@ -73,9 +93,9 @@ TOKENS_SPREAD = {16: 25, 32: 100, 64: 256, 128: 256}
 """Tokens, up to 16 and by rows of a group, per share of kept columns up to which token-major x is stitched value by
 value: the fewer columns are kept, the fewer of a sector's values are; small groups read x more often."""
 
-WIDE_VALUES, WIDE_K = 3_000_000, 16_384
-"""Kept values up to which token-major x of 17 to 32 tokens is stitched, too, in groups of 64 rows: two launches less;
-and most features where groups are long (`LONG_TILES`)."""
+WIDE_VALUES = 3_000_000
+"""Kept values up to which token-major x of 17 to 32 tokens is stitched, too, in groups of 64 rows: two launches
+less."""
 
 MANY_ROWS = 8192
 """With more rows a block has many groups, so that what it reads of x must stay in L1 (`X_VALUES`)."""
@@ -155,6 +175,11 @@ class SkinnyConfig:
     def token_warps(self) -> int:
         """Consumer warps that hold tokens that may exist, 16 each."""
         return self.chunks // 2
+
+    @property
+    def pace_ns(self) -> int:
+        """Nanoseconds between the first copies of weights of a product that is `PACED`."""
+        return FILL_NS // self.stages
 
     @property
     def octets(self) -> int:
@@ -239,19 +264,19 @@ def choose_config(
 ) -> SkinnyConfig:  # fmt: skip
     """The kernel for a packed matrix of so many groups and k tiles in all, on a device of so many multiprocessors.
 
-    By measurement over layers of language models at 50 to 94 % (H200, 2026-11-22; H100, 2026-11-26 to 28): every
-    multiprocessor needs about a group of 64 rows; with up to 32 columns and 16 tiles a group (8 of token-major x), two
-    ranks are a few percent better than one (their blocks end closer to each other), and with token-major x and long
-    groups eight. Two blocks share an SM unless a stage is large, or there is one for each anyway, or 17 to 32 columns
-    are turned, or groups of 32 rows read token-major x: a block alone stitches that with eight warps. With `parts`
-    there are fewer kernels to choose from, so that there are fewer to compile and check.
+    By measurement over layers of language models at 50 to 94 % (H200, 2026-11-22 and 28; H100, 2026-11-26 to 28):
+    every multiprocessor needs about a group of 64 rows; with up to 32 columns and 16 tiles a group (8 of token-major
+    x), two ranks are a few percent better than one (their blocks end closer to each other), and with token-major x and
+    long groups of 128 rows eight. Two blocks share an SM unless a stage is large, or there is one for each anyway, or
+    17 to 32 columns are turned and groups are long, or groups of 32 rows read token-major x: a block alone stitches
+    that with eight warps. With `parts` there are fewer kernels to choose from, so that there are fewer to compile and
+    check.
     """
     work, room = groups * v / 64, room_for(n)
-    is_long = v >= 64 and tiles >= LONG_TILES * groups and (n <= 16 or tiles < VERY_LONG_TILES * groups)
     ranks = next((r for r in (1, 2, 4) if r * work >= FILLED * sm_count), 8)
     if ranks == 1 and room <= 32 and tiles >= (8 if token_major else 16) * groups:
         ranks = 2
-    if token_major and is_long:
+    if token_major and v == 128 and tiles >= LONG_TILES * groups:
         ranks = 8
     elif token_major and room == 32:
         ranks = 2 if ranks <= 2 else 8
@@ -261,9 +286,9 @@ def choose_config(
     is_wide = v == 128 or (room == 64 and ranks * work < 2 * FILLED * sm_count and not parts)
     if token_major:
         is_alone = ranks == 2 and (v == 32 or (v == 64 and 2 * groups <= sm_count))
-        is_wide = is_wide or (not parts and (is_alone or room == 32 or (is_long and ranks * groups > sm_count)))
+        is_wide = is_wide or (not parts and (is_alone or room == 32))
     elif v == 64 and room == 32 and ranks <= 2 and not parts:
-        is_wide = True
+        is_wide = groups < sm_count or tiles >= SHORT_TILES * groups
     return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major, parts=parts,
                      stitchers=8 if token_major and is_wide else 4)  # fmt: skip
 
@@ -290,10 +315,9 @@ def predict_us(nbytes: int, sm_count: int) -> float:
 
 def takes_tokens(m: int, k: int, n: int, v: int, density: float) -> bool:
     """Whether the product stitches token-major x itself, at this share of kept columns; else it is turned first."""
-    is_long = v >= 64 and k * density >= LONG_TILES * TILE_K
     if n > 16:
-        is_worth_it = m * k * density <= WIDE_VALUES or (is_long and m <= MANY_ROWS and k <= WIDE_K)
-        return n <= 32 and v == 64 and density > 0 and is_worth_it
+        return n <= 32 and v == 64 and 0 < m * k * density <= WIDE_VALUES
+    is_long = v == 128 and k * density >= LONG_TILES * TILE_K
     fits = k * n <= (X_VALUES_LONG if is_long else X_VALUES)
     return (m <= MANY_ROWS or fits) and n <= TOKENS_SPREAD[v] * density
 

@@ -21,7 +21,7 @@ LAYOUTS = ("feature", "token")
 """Layouts of x, and of the result beside it."""
 
 
-ALONE = {(128, 16): (1, 2, 4, 8), (64, 16): (2, 8), (64, 32): (1, 2, 8), (32, 16): (2,)}
+ALONE = {(128, 16): (1, 2, 4, 8), (64, 16): (2,), (64, 32): (1, 2, 8), (32, 16): (2,)}
 """By rows of a group and room for tokens: the ranks with which a block alone on its multiprocessor stitches token-major
 x with eight warps. Where there are no clusters, there is one rank."""
 
@@ -39,8 +39,10 @@ def few_candidates(v: int, n: int, dtype: str, layout: str = "token") -> list[Sk
     tokens, found = room_for(n), []
     for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
         blocks: tuple[int, ...] = (1,) if v == 128 else (2,)
-        if v < 128 and (tokens == 64 or (v == 64 and tokens == 32 and ranks <= 2)):
+        if v < 128 and tokens == 64:
             blocks = (2, 1) if ranks == 1 else (1,)
+        elif v == 64 and tokens == 32 and ranks <= 2:
+            blocks = (2, 1)
         found += [config_of(v, tokens, ranks, dtype, b) for b in blocks]
         if layout == "feature" or tokens == 64:
             continue

@@ -19,11 +19,32 @@ from numba.cuda import types
 
 from .ptx import ld_global_u16, ld_global_v2, ld_global_v4, st_global_u16, st_global_v4
 from .ptx_cluster import grid_launch_dependents, grid_wait, high_halves, ld_global_l2_u16_if, low_halves
-from .skinny_config import FOURS, TURN_THREADS
+from .skinny_config import FOURS, TURN_CHUNKS, TURN_THREADS
 
 __all__ = ["make_turn_in", "make_turn_out"]
 
 u16, u32, u64 = types.uint16, types.uint32, types.uint64
+
+
+@cuda.jit(device=True, forceinline=True)
+def _spread(tokens, octets):
+    """(shift, units): 2**shift neighbouring units are chunks of the same of `octets` groups of features.
+
+    There may be units for chunks that do not exist.
+    """
+    chunks, shift = u32((tokens + u32(7)) >> u32(3)), u32(0)
+    while u32(1) << shift < min(chunks, u32(TURN_CHUNKS)):
+        shift = u32(shift + u32(1))
+    rounds = u32(u32(chunks + (u32(1) << shift) - u32(1)) >> shift)
+    return shift, u32(u32(rounds * octets) << shift)
+
+
+@cuda.jit(device=True, forceinline=True)
+def _unit(i, shift, octets):
+    """(chunk, group of features) of a unit."""
+    rest = u32(i >> shift)
+    turn = u32(rest // octets)
+    return u32(u32(turn << shift) + u32(i & u32((u32(1) << shift) - u32(1)))), u32(rest - turn * octets)
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -50,13 +71,15 @@ def make_turn_in() -> Callable[..., Any]:
     def turn_in(src, stride, step, dst, ld, tokens, features, flags):
         grid_launch_dependents()
         fours = u32(u32(u32(features) + u32(3)) >> u32(2))
-        units = u32(fours * u32((u32(tokens) + u32(7)) >> u32(3)))
+        shift, units = _spread(u32(tokens), fours)
         i = u32(u32(cuda.blockIdx.x) * u32(TURN_THREADS) + u32(cuda.threadIdx.x))
         grid_wait()
         while i < units:
-            chunk = u32(i // fours)
-            feature = u32(u32(i - chunk * fours) * u32(4))
+            chunk, four = _unit(i, shift, fours)
             i = u32(i + u32(cuda.gridDim.x) * u32(TURN_THREADS))
+            if u32(chunk * u32(8)) >= u32(tokens):
+                continue
+            feature = u32(four * u32(4))
             left = u32(u32(features) - feature)
             low, high = cuda.local.array(8, u32), cuda.local.array(8, u32)
             column, last = src + u64(feature) * step * u64(2), u32(u32(tokens) - u32(1))
@@ -109,14 +132,16 @@ def make_turn_out() -> Callable[..., Any]:
 
     def turn_out(src, ld, dst, stride, tokens, features, aligned):
         grid_launch_dependents()
-        chunks = u32((u32(tokens) + u32(7)) >> u32(3))
-        units = u32(u32((u32(features) + u32(7)) >> u32(3)) * chunks)
+        octets = u32(u32(u32(features) + u32(7)) >> u32(3))
+        shift, units = _spread(u32(tokens), octets)
         i = u32(u32(cuda.blockIdx.x) * u32(TURN_THREADS) + u32(cuda.threadIdx.x))
         grid_wait()
         while i < units:
-            octet = u32(i // chunks)
-            chunk, feature = u32(i - octet * chunks), u32(octet * u32(8))
+            chunk, octet = _unit(i, shift, octets)
             i = u32(i + u32(cuda.gridDim.x) * u32(TURN_THREADS))
+            if u32(chunk * u32(8)) >= u32(tokens):
+                continue
+            feature = u32(octet * u32(8))
             left = u32(u32(features) - feature)
             w = cuda.local.array(32, u32)  # word q of feature f: tokens 2q and 2q + 1
             at = src + (u64(feature) * ld + u64(chunk) * u64(8)) * u64(2)

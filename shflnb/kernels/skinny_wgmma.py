@@ -65,8 +65,9 @@ from .ptx_cluster import (
     ld_global_u16_if,
     ld_shared_u32,
     low_halves,
+    nanosleep,
 )
-from .skinny_config import BARRIER_BYTES, FIRST_PLACES, TILE_K, SkinnyConfig
+from .skinny_config import BARRIER_BYTES, FIRST_PLACES, PACED, TILE_K, SkinnyConfig
 from .skinny_exchange import make_finish, make_own_place
 
 __all__ = ["make_skinny_wgmma"]
@@ -121,11 +122,12 @@ def make_own_origin(config: SkinnyConfig, place: int) -> Callable[..., Any]:
 def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function of one thread: the weights of every stage."""
     stages, stage_bytes, x_bytes, w_bytes = config.stages, config.stage_bytes, config.x_bytes, config.w_bytes
-    own_tiles, own_origin = make_own_tiles(config), make_own_origin(config, 0)
+    own_tiles, own_origin, pace_ns = make_own_tiles(config), make_own_origin(config, 0), config.pace_ns
 
     @cuda.jit(device=True, forceinline=True)
-    def stream_weights(base, full, empty, values, queue, turn_bytes, rank):
+    def stream_weights(base, full, empty, values, queue, turn_bytes, rank, flags):
         stage, phase = u32(0), u32(1)
+        pauses = u32(stages - 1) if flags & u64(PACED) else u32(0)
         entry, origin = ld_global_nc_v4(queue), own_origin(queue, values)
         while entry[2] > u32(0):
             own = own_tiles(entry[1], entry[2], rank)
@@ -138,6 +140,9 @@ def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
                 full_at = u32(full + stage * u32(8))
                 mbarrier_arrive_expect_tx(full_at, u32(w_bytes))
                 bulk_copy_g2s(u32(base + stage * u32(stage_bytes) + u32(x_bytes)), source, u32(w_bytes), full_at)
+                if pauses > u32(0):
+                    pauses = u32(pauses - u32(1))
+                    nanosleep(u32(pace_ns))
                 source += u64(w_bytes)
                 place = u32(place + u32(1))
                 if place == own[1]:  # the tiles before the first one come last
@@ -385,7 +390,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
         grid_launch_dependents()
         if warp == u32(streamer):
             if lane == u32(0):
-                stream_weights(base, full, empty, values, own_queue, turn_bytes, rank)
+                stream_weights(base, full, empty, values, own_queue, turn_bytes, rank, flags)
                 fetch_ahead(ahead, u32(aheads), block, u32(cuda.gridDim.x))
             warp_sync()
             if ranks > 1:
