@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tables import V_SHOWN, Data, Row, card_name, find, is_comparable, latest, plain
+from tables import V_SHOWN, Data, Row, card_name, find, is_comparable, fullest, plain
 
 __all__ = ["FIGURES", "digest_in", "draw"]
 
@@ -32,7 +32,7 @@ PEER_STYLES = {"torch BSR 64, tuned": "x", "torch BSR 128, tuned": "+", "torch B
 
 def products(data: Data) -> list[Row]:
     """The plain products of the card that was measured last."""
-    return plain(latest(data.of("spmm")))
+    return plain(fullest(data.of("spmm")))
 
 
 def speedup_data(data: Data) -> dict[str, Series]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cases import BAR_CARD, BARS, LOADS, PEER_SHAPES, bar_of
 
-__all__ = ["TABLES", "Data", "absent", "bars_of", "by_card", "card_name", "is_comparable", "latest", "markdown",
+__all__ = ["TABLES", "Data", "absent", "bars_of", "by_card", "card_name", "is_comparable", "fullest", "markdown",
            "per_card"]  # fmt: skip
 
 Row = dict[str, str]
@@ -42,16 +42,19 @@ class Data:
 
 
 def by_card(rows: Iterable[Row], key: str = "gpu") -> list[list[Row]]:
-    """The rows of each card (the column `key`) apart, the newest measurement first; of equally new ones the largest."""
+    """The rows of each card (the column `key`) apart, the largest measurement first; of equally large ones the newest.
+
+    A quick run on another card does not take the place of a full one.
+    """
     cards: dict[str, list[Row]] = {}
     for r in rows:
         cards.setdefault(r[key], []).append(r)
-    newest = [(max(r.get("date") or "" for r in mine), len(mine), mine) for mine in cards.values()]
-    return [mine for *_, mine in sorted(newest, key=lambda found: found[:2], reverse=True)]
+    largest = [(len(mine), max(r.get("date") or "" for r in mine), mine) for mine in cards.values()]
+    return [mine for *_, mine in sorted(largest, key=lambda found: found[:2], reverse=True)]
 
 
-def latest(rows: Iterable[Row], key: str = "gpu") -> list[Row]:
-    """The rows of the card that was measured last."""
+def fullest(rows: Iterable[Row], key: str = "gpu") -> list[Row]:
+    """The rows of the card that was measured most."""
     return next(iter(by_card(rows, key)), [])
 
 
@@ -155,7 +158,7 @@ def bars_of(rows: Sequence[Row]) -> str:
 
 def gpu(data: Data) -> str:
     """README: the headline table."""
-    measured = latest(data.of("spmm"))
+    measured = fullest(data.of("spmm"))
     rows = plain(measured)
     if not rows:
         return absent("bench_spmm.py --full", " on a GPU")

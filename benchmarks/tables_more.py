@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from cases import REPEAT_ABOVE_US, REPEAT_WITHIN, few_bar_of
-from tables import TABLES, Data, Row, absent, bars_of, card_name, latest, markdown, micros, per_card, percent, ratio
+from tables import TABLES, Data, Row, absent, bars_of, card_name, fullest, markdown, micros, per_card, percent, ratio
 
 __all__ = ["ALL_TABLES"]
 
@@ -25,7 +25,7 @@ def host_part(rows: list[Row], about: str) -> str:
 
 def cpu(data: Data) -> str:
     """README: the CPU table."""
-    rows = latest(data.of("cpu"), key="processor")
+    rows = fullest(data.of("cpu"), key="processor")
     if not rows:
         return absent("bench_cpu.py")
     first = rows[0]

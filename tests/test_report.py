@@ -261,8 +261,8 @@ def test_a_peer_that_is_less_exact_stands_in_brackets(root: Path) -> None:
 
 def test_cards_are_told_apart() -> None:
     rows = [{"gpu": g, "date": d} for g, d in (("a", "1"), ("b", "2"), ("c", "2"), ("c", "1"), ("d", "0"), ("d", "0"))]
-    assert [(mine[0]["gpu"], len(mine)) for mine in tables.by_card(rows)] == [("c", 2), ("b", 1), ("a", 1), ("d", 2)]
-    assert tables.latest(rows) == rows[2:4] and tables.latest([]) == [] and tables.by_card([]) == []
+    assert [(mine[0]["gpu"], len(mine)) for mine in tables.by_card(rows)] == [("c", 2), ("d", 2), ("b", 1), ("a", 1)]
+    assert tables.fullest(rows) == rows[2:4] and tables.fullest([]) == [] and tables.by_card([]) == []
 
 
 def test_cards_have_readable_names() -> None:
