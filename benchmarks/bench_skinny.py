@@ -25,7 +25,7 @@ import torch
 from bench_spmm import Weights, checked_dense, config_name, sparse_calls
 from cases import LARGE_LAYERS, Case, Shape, all_shapes, few_bar_of
 from matrices import random_tensor
-from protocol import check, measure, rotations
+from protocol import check, check_chained, measure, rotations
 from records import RESULTS, Budget, Results, machine, results_name, write_machine
 
 FIELDS = (
@@ -99,6 +99,8 @@ def time_group(
         calls = sparse_calls(case, packed, [x] * sets, [out] * sets)
         reference = x.float() @ weights.dense(packed).float().t()
         error, is_right = check(calls[0], reference, dtype, poison=out)
+        if is_right:
+            error, is_right = check_chained(calls, reference, dtype, device, poison=out)
         checked.append((case, packed, error))
         wrong += not is_right
         if is_right:

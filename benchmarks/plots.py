@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tables import V_SHOWN, Data, Row, card_name, find, is_comparable, fullest, plain
+from tables import V_SHOWN, Data, Row, card_name, find, fullest, is_comparable, plain
 
 __all__ = ["FIGURES", "digest_in", "draw"]
 

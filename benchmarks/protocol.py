@@ -1,6 +1,7 @@
 """How every benchmark here measures, in one place: check, warm by time, replay, median.
 
-    1. The result is compared with a float32 product of the dequantised weight before anything is timed.
+    1. The result is compared with a float32 product of the dequantised weight before anything is timed; that of few
+       columns also at the end of a chain of launches.
     2. Device times are replays of a CUDA graph of several launches between two events. An untimed replay of the same
        graph runs right before the timed one, so that neither the host nor what ran before is in the figure.
        What cannot be captured is launched behind a kernel that sleeps until the host is done ("events").
@@ -35,6 +36,7 @@ __all__ = [
     "STEADY_S",
     "Timing",
     "check",
+    "check_chained",
     "device_clock",
     "eager_us",
     "feed",
@@ -55,6 +57,8 @@ MOST_LAUNCHES, SLOW_US = 300, 5e3
 STEADY_S = 0.4
 """Seconds of running after which the clock has found its place under the power limit; samples before that depend on
 what ran before (with 0.03 s two runs of the tables differed by up to 5 %)."""
+CHAIN_US, CHAINS = 500.0, 3
+"""Device time of a chain of launches whose last result is checked, and how many such chains."""
 HOST_PAUSE_S = 0.08
 ERROR_LIMIT = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-5, "float64": 1e-12}
 """Largest ||out - reference|| / ||reference||: the rounding of the result, doubled and more."""
@@ -106,6 +110,24 @@ def check(call: Call, reference: torch.Tensor, dtype: str, *, poison: torch.Tens
         poison.fill_(float("nan"))
     error = relative_error(call(), reference)
     return error, error <= ERROR_LIMIT[dtype]
+
+
+def check_chained(
+    calls: Sequence[Call], reference: torch.Tensor, dtype: str, device: str = "cuda", *, poison: torch.Tensor
+) -> tuple[float, bool]:
+    """As `check`, of calls as they are timed: in a CUDA graph, where a kernel may begin before the last one has ended.
+
+    All calls write the same result to `poison`; what the last launch left there counts, of several replays.
+    """
+    if not device.startswith("cuda"):
+        return check(calls[-1], reference, dtype, poison=poison)
+    chain, errors = _Graph(calls, CHAIN_US), []
+    for _ in range(CHAINS):
+        with torch.cuda.stream(chain.stream):
+            poison.fill_(float("nan"))
+            chain.graph.replay()
+            errors.append(relative_error(poison, reference))
+    return max(errors, key=lambda e: (e != e, e)), all(e <= ERROR_LIMIT[dtype] for e in errors)
 
 
 # -- timing -----------------------------------------------------------------------------------------------------------

@@ -170,6 +170,25 @@ def test_a_wrong_or_unwritten_result_is_seen() -> None:
     assert protocol.check(lambda: reference.half(), reference, "float16") == (0.0, True)
 
 
+@pytest.mark.parametrize(("results", "wanted"), [((1, 1, 1), 0.0), ((1, 1.5, 1), 0.5), ((1, math.nan, 2), math.nan)])
+def test_a_chain_is_wrong_where_one_of_its_results_is(
+    results: tuple[float, ...], wanted: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, out, left = torch.ones(4, 4), torch.empty(4, 4, dtype=torch.float16), list(results)
+
+    def replay() -> None:
+        assert out.isnan().all()
+        out.fill_(left.pop(0))
+
+    chain = SimpleNamespace(stream=None, graph=SimpleNamespace(replay=replay))
+    monkeypatch.setattr(protocol, "_Graph", lambda calls, sample_us: chain)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    error, is_right = protocol.check_chained([lambda: out], reference, "float16", poison=out)
+    assert (error == wanted or (math.isnan(error) and math.isnan(wanted))) and not left
+    assert is_right == (wanted == 0.0)
+    assert protocol.check_chained([lambda: out.fill_(1)], reference, "float16", "cpu", poison=out) == (0.0, True)
+
+
 @pytest.mark.parametrize(("m", "k", "v"), [(64, 48, 32), (70, 33, 32), (130, 128, 128)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_random_matrices_are_what_they_claim(m: int, k: int, v: int, dtype: str) -> None:

@@ -114,6 +114,26 @@ def test_capture_needs_a_warm_call_and_then_replays() -> None:
     assert torch.equal(first, y) and torch.equal(second, y)
 
 
+@pytest.mark.parametrize("n", [8, 24, 64])
+def test_products_that_follow_one_another_are_each_right(n: int) -> None:
+    """Of a chain in a graph each kernel begins before the one ahead of it ends, its blocks wherever there is room."""
+    matrices = [random_packed(4096, 2048, 64, [448] * 64, seed=seed, integers=True) for seed in range(4)]
+    x = integers((n, 2048), "float16", n)
+    wanted = [(x.double() @ dense_of(packed).double().T).half() for packed in matrices]
+    for packed in matrices:
+        shflnb.linear(x, packed)
+    outs = [torch.empty_like(wanted[0]) for _ in range(24)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number, out in enumerate(outs):
+            shflnb.linear(x, matrices[number % 4], out=out)
+    for _ in range(8):
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(out, wanted[number % 4]) for number, out in enumerate(outs))
+
+
 def test_a_graph_outlives_the_product_it_fetches_for() -> None:
     """Each product asks L2 for the next one's first weights; in a graph these stay, whatever becomes of the matrix."""
     one, two = (random_packed(640, 512, 64, seed=seed) for seed in (3, 4))
