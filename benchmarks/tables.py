@@ -15,7 +15,7 @@ from typing import Any
 
 from cases import BAR_CARD, BARS, LOADS, PEER_SHAPES, bar_of
 
-__all__ = ["TABLES", "Data", "absent", "bars_of", "by_card", "card_name", "is_comparable", "fullest", "markdown",
+__all__ = ["TABLES", "Data", "absent", "bars_of", "by_card", "card_name", "fullest", "is_comparable", "markdown",
            "per_card"]  # fmt: skip
 
 Row = dict[str, str]
