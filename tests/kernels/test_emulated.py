@@ -359,7 +359,9 @@ def test_a_device_without_room_for_clusters(monkeypatch: pytest.MonkeyPatch) -> 
         assert ("_tokens_" in device.launched[0]) == token_major
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(133, 20, 70), (136, 32, 72), (1, 17, 9), (70, 11, 64)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(133, 20, 70), (136, 32, 72), (1, 17, 9), (70, 11, 64), (70, 40, 20), (9, 64, 130)]
+)
 def test_token_major_operands_are_turned(m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """x before and the result behind the product, whole chunks and parts of them, aligned and not."""
     monkeypatch.setattr(skinny_select, "takes_tokens", lambda *_: False)
