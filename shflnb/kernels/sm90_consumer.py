@@ -50,7 +50,9 @@ def make_skip(config: Config) -> Callable[..., Any]:
 def make_consumer(config: Config) -> Callable[..., Any]:
     """Device function of a consumer warpgroup: multiply and store every tile of this block, or every second one.
 
-    order (with `alternate`): two mbarriers, one for each consumer, that say whose turn it is.
+    order (with `alternate`): two mbarriers, one for each consumer, that say whose turn it is. Each warp of the other
+    one arrives: a warp that has not yet seen its turn would otherwise miss it, where tiles are so short that nothing
+    else makes the warps of a consumer wait for each other.
     """
     stages, stage_bytes, producers = config.stages, config.stage_bytes, config.producers
     registers, take_registers = config.accumulators, setmaxnreg_inc[config.registers[1]]
@@ -68,11 +70,11 @@ def make_consumer(config: Config) -> Callable[..., Any]:
         targets, coming = cuda.local.array(stores, u32), cuda.local.array(stores, u32)
         words, owners = cuda.local.array(owned, u32), cuda.local.array(owned, u32)
         who = u32((tid >> u32(7)) - u32(producers))
-        leader = (tid & u32(127)) == u32(0)
+        lane, leader = u32(tid & u32(31)), (tid & u32(127)) == u32(0)
         stage, phase, order_phase = u32(0), u32(0), u32(0)
         turn_bytes = u64(cuda.gridDim.x) * u64(16)
         if alternate and who == u32(1):  # the first tile is the other's, and it may begin
-            if leader:
+            if lane == u32(0):
                 mbarrier_arrive(order)
             stage, phase = skip(stage, phase, ld_global_nc_v4(queue)[2])
             queue += turn_bytes
@@ -119,7 +121,7 @@ def make_consumer(config: Config) -> Callable[..., Any]:
                     phase = u32(phase ^ u32(1))
                 kt = opaque(u32(kt + u32(1)))
             if alternate:
-                if leader:
+                if lane == u32(0):
                     mbarrier_arrive(u32(order + (who ^ u32(1)) * u32(8)))
                 stage, phase = skip(stage, phase, skipped)
             wait_all()

@@ -73,8 +73,8 @@ def make_spmm_sm90(config: Config) -> Callable[..., Any]:
                 mbarrier_init(u32(full + u32(8 * stage)), u32(team_threads + 1))
                 mbarrier_init(u32(empty + u32(8 * stage)), u32(1 if alternate else 2))
             if alternate:
-                mbarrier_init(order, u32(1))
-                mbarrier_init(u32(order + u32(8)), u32(1))
+                mbarrier_init(order, u32(4))
+                mbarrier_init(u32(order + u32(8)), u32(4))
             mbarrier_init_fence()
         cuda.syncthreads()
         grid_launch_dependents()  # a kernel launched in the same way may set up as soon as blocks of this one end

@@ -83,6 +83,19 @@ def test_matmul_on_odd_sizes(kernel: str, v: int, tile_n: int, dtype: str, monke
         assert device.machine.memory.unwritten_reads == 0
 
 
+def test_consumers_that_alternate_lose_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one stage each: nothing but their turns keeps the warps of a consumer together."""
+    config = config_of("sm90 alternate", 64, 64, "float16")
+    packed = random_packed(12 * 64, 64, 64, [9, 0, 64] * 4, seed=3, integers=True)
+    x = integers(np.random.default_rng(3), (64, 16), "float16")
+    want = product(packed, x)
+    for seed in range(8):
+        device = install(monkeypatch, EmulatedDevice(seed, sm_count=1))
+        packed.launch_cache.clear()
+        y = device.read(device_matmul(packed, device.array(x), config=config))
+        assert (y.astype(np.float64) == want).all()
+
+
 @pytest.mark.parametrize(("kernel", "v", "tile_n"), [("sm90", 128, 128), ("sm90 alternate", 32, 256), ("sm80", 64, 64)])
 @pytest.mark.parametrize("activation", ["gelu", None])
 def test_bias_activation_and_residual(
