@@ -1,7 +1,7 @@
 """The figures of docs/performance.md, drawn from the CSVs in `results/` as SVG files that hold a digest of their data.
 
 The digest, not the bytes of the file, says whether a figure is up to date: another version of matplotlib draws the same
-data with other bytes. A figure shows one card, the one whose products were measured last, and names it.
+data with other bytes. A figure shows one card, the one whose products were measured most, and names it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PEER_STYLES = {"torch BSR 64, tuned": "x", "torch BSR 128, tuned": "+", "torch B
 
 
 def products(data: Data) -> list[Row]:
-    """The plain products of the card that was measured last."""
+    """The plain products of the card that was measured most."""
     return plain(fullest(data.of("spmm")))
 
 

@@ -27,8 +27,8 @@ u16, u32, u64 = types.uint16, types.uint32, types.uint64
 
 
 @cuda.jit(device=True, forceinline=True)
-def _spread(tokens, octets):
-    """(shift, units): 2**shift neighbouring units are chunks of the same of `octets` groups of features.
+def _spread(tokens, pieces):
+    """(shift, units): 2**shift neighbouring units are chunks of the same of so many pieces, a few features each.
 
     There may be units for chunks that do not exist.
     """
@@ -36,15 +36,15 @@ def _spread(tokens, octets):
     while u32(1) << shift < min(chunks, u32(TURN_CHUNKS)):
         shift = u32(shift + u32(1))
     rounds = u32(u32(chunks + (u32(1) << shift) - u32(1)) >> shift)
-    return shift, u32(u32(rounds * octets) << shift)
+    return shift, u32(u32(rounds * pieces) << shift)
 
 
 @cuda.jit(device=True, forceinline=True)
-def _unit(i, shift, octets):
-    """(chunk, group of features) of a unit."""
+def _unit(i, shift, pieces):
+    """(chunk, piece) of a unit."""
     rest = u32(i >> shift)
-    turn = u32(rest // octets)
-    return u32(u32(turn << shift) + u32(i & u32((u32(1) << shift) - u32(1)))), u32(rest - turn * octets)
+    turn = u32(rest // pieces)
+    return u32(u32(turn << shift) + u32(i & u32((u32(1) << shift) - u32(1)))), u32(rest - turn * pieces)
 
 
 @cuda.jit(device=True, forceinline=True)

@@ -165,13 +165,15 @@ def test_the_crossovers() -> None:
     assert takes_tokens(*small, 6, 16, 0.25) and not takes_tokens(*small, 7, 16, 0.25)
     assert takes_tokens(*long, 12, 32, 0.125) and not takes_tokens(*long, 13, 32, 0.125)
     assert takes_tokens(1024, 4096, 32, 64, 0.25) and not takes_tokens(1024, 4096, 32, 32, 0.25)
-    assert not takes_tokens(8192, 28672, 32, 64, 0.25) and not takes_tokens(*long, 32, 64, 0.25)
+    assert not takes_tokens(8192, 28672, 32, 64, 0.25) and not takes_tokens(28672, 14336, 32, 64, 0.25)
+    assert not takes_tokens(*long, 32, 64, 0.25) and not takes_tokens(*long, 33, 64, 0.25)
+    assert not takes_tokens(*long, 32, 64, 0.125) and not takes_tokens(*long, 32, 128, 0.25)
     assert not takes_tokens(*small, 20, 64, 0.0)
     assert takes_tokens(*long, 16, 128, 0.125) and not takes_tokens(*small, 32, 128, 0.125)
     assert takes_tokens(1024, 4096, 32, 64, 0.5) and not takes_tokens(1024, 4096, 33, 64, 0.5)
     assert takes_tokens(28672, 4096, 16, 64, 0.125) and not takes_tokens(28672, 8192, 16, 64, 0.25)
     assert takes_tokens(28672, 8192, 8, 64, 0.25) and takes_tokens(28672, 14336, 16, 128, 0.25)
-    assert not takes_tokens(28672, 14336, 16, 64, 0.25)
+    assert not takes_tokens(28672, 14336, 16, 64, 0.25) and not takes_tokens(28672, 14336, 16, 32, 0.25)
     assert not takes_tokens(*small, 1, 64, 0.0)
 
 
