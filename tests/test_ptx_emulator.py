@@ -218,7 +218,8 @@ def multiply_together(ptx: str, arrays: list[np.ndarray], seed: int) -> np.ndarr
     at = [machine.upload(a) for a in arrays]
     out = machine.reserve(96 * 24 * 2)
     sizes = (24, 24, 1, 24, 0, 0, 0)
-    machine.run(Program(ptx), grid=4, threads=288, smem=80_000, cluster=4, args=[*at, out, 0, 0, *sizes, 0, 0])
+    args = [*at, out, 0, 0, *sizes, 0, 0, 0]
+    machine.run(Program(ptx), grid=4, threads=288, smem=80_000, cluster=4, args=args)
     return machine.download(out, 96 * 24 * 2).view(np.float16).reshape(96, 24)
 
 
@@ -246,5 +247,5 @@ def test_a_spoiled_cluster_is_noticed(what: str, team: tuple[str, list[np.ndarra
 
 def test_a_wrong_number_of_arguments_is_the_callers_mistake(team: tuple[str, list[np.ndarray], np.ndarray]) -> None:
     """And no `PtxError`, which the tests of spoiled kernels take for a fault that was noticed."""
-    with pytest.raises(TypeError, match="takes 17 arguments, not 16"):
+    with pytest.raises(TypeError, match="takes 18 arguments, not 16"):
         Machine(1 << 16, 0).run(Program(team[0]), grid=4, threads=288, smem=80_000, cluster=4, args=[0] * 16)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
-__all__ = ["ACTIVATED", "BARRIER_BYTES", "FIRST_PLACES", "FOURS", "MAX_N", "PACED", "PARTS_RANKS", "TILE_K",
-           "TURN_CHUNKS", "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config",
-           "config_of", "has_parts", "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens",
-           "without_clusters"]  # fmt: skip
+__all__ = ["ACTIVATED", "BARRIER_BYTES", "EQUAL_TOKENS", "FIRST_PLACES", "FOURS", "MAX_N", "PACED", "PARTS_RANKS",
+           "TILE_K", "TURN_CHUNKS", "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig",
+           "choose_config", "config_of", "has_parts", "is_paced", "memory_us", "predict_us", "room_for",
+           "stores_directly", "takes_tokens", "without_clusters"]  # fmt: skip
 
 MAX_N = 64
 """Columns that the kernel has room for."""
@@ -53,13 +53,24 @@ ACTIVATED = 16
 """Flag of a part whose results the epilogue's activation is for, beside those of `epilogue.py`."""
 
 PACED = 32
-"""Flag, beside those, of a product whose x is turned before it: its first weights are asked for slowly. At full speed
-they hold up the kernels that turn, which all blocks wait for: a turn has stored what it has to within a microsecond,
-but then counts as done only two later."""
+"""Flag, beside those, of a product whose first weights are asked for slowly: one whose x is turned before it, or that
+reads much of x (`is_paced`). At full speed they hold up what all blocks wait for. A turn has stored what it has to
+within a microsecond, but then counts as done only two later; a product's last stages come late."""
 
-FILL_NS = 2000
-"""Nanoseconds in which such a product fills its ring: 14336 x 4096, 75 %, 32 columns: 12.5 us at full speed, 11.8 in
-2000 ns, 12.0 in 4000 (H200, 2026-11-28)."""
+FILL_NS, FILL_ALONE_NS = 2000, 500
+"""Nanoseconds in which such a product fills its ring, the second for a block that has its multiprocessor alone and
+stitches token-major x. 14336 x 4096, 75 %, 32 columns: 12.5 us at full speed, 11.8 in 2000 ns, 12.0 in 4000; 4096 x
+4096, 75 %, 16 columns: 5.77 us at full speed, 5.45 in 500 ns, 5.50 in 2000, 6.9 in 3500 (H200, 2026-11-28)."""
+
+PACED_TOKENS, PACED_VALUES = 60, 4_000_000
+"""Tokens per share of kept columns from which a product that stitches token-major x is paced: what it reads of x is
+then no less than its weights. With up to 8 tokens only where more values are kept than the blocks' rings hold (4096 x
+14336, 87.5 %, 8 columns: 6.1 us in place of 6.3; 4096 x 4096: 3.9 in place of 3.6; H200, 2026-11-28)."""
+
+EQUAL_TOKENS = 2
+"""Columns up to which blocks compute their records where groups are equal, instead of reading them: their weights and
+ids are asked for sooner (4096 x 4096, 75 %, 1 column: 3.6 us in place of 3.9; H200, 2026-11-28). With more columns that
+is too soon: they hold up the last stages of the product before (8 columns: 5.0 us in place of 4.4)."""
 
 PARTS_RANKS = 4
 """Most blocks of a cluster where a matrix has parts: they have few groups only if all of them are small."""
@@ -77,8 +88,12 @@ of 132, 164 and 196 KiB."""
 TOKENS_SMEM_128 = 164 * 1024
 """The first of these for groups of 128 rows, whose stages are large."""
 
-TOKENS_STAGES = 12
-"""Most stages of such a block: as many as groups of 32 rows need for the weights that are on their way."""
+TOKENS_STAGES, TOKENS_STAGES_32 = 12, 8
+"""Most stages of such a block, and of one of two with groups of 32 rows: 14336 x 4096, 75 %, 8 columns: 11.5 us with 8,
+13.3 with 12 (H200, 2026-11-28). Alone on its multiprocessor it needs all 12 for the weights that are on their way."""
+
+MANY_32 = 2
+"""Groups of 32 rows for each multiprocessor from which two blocks share one: what they read of x then stays in L1."""
 
 SHORT_TILES = 24
 """k tiles of a group below which two blocks share a multiprocessor with 17 to 32 columns of x that was turned, where
@@ -89,9 +104,13 @@ TURNED_STAGES = 10
 """Stages of a block alone on its multiprocessor with 17 to 32 columns of x that was turned: with more of them, the next
 product's blocks find no room meanwhile."""
 
-TOKENS_SPREAD = {16: 25, 32: 100, 64: 256, 128: 256}
+TOKENS_SPREAD, FAR_SPREAD = {16: 25, 32: 100, 64: 256, 128: 256}, {16: 25, 32: 50, 64: 100, 128: 256}
 """Tokens, up to 16 and by rows of a group, per share of kept columns up to which token-major x is stitched value by
-value: the fewer columns are kept, the fewer of a sector's values are; small groups read x more often."""
+value: the fewer columns are kept, the fewer of a sector's values are; small groups read x more often. The second where
+x has more than `FAR_X` values, or groups of 32 rows more than `FAR_KEPT` in all. 16 columns: 4096 x 14336, 87.5 %, 64
+rows: 8.0 us, turned 7.7; 75 %, 32 rows: 12.9, turned 11.0 (H200, 2026-11-28)."""
+
+FAR_X, FAR_KEPT = 150_000, 5_000_000
 
 WIDE_VALUES = 3_000_000
 """Kept values up to which token-major x of 17 to 32 tokens is stitched, too, in groups of 64 rows: two launches
@@ -179,7 +198,8 @@ class SkinnyConfig:
     @property
     def pace_ns(self) -> int:
         """Nanoseconds between the first copies of weights of a product that is `PACED`."""
-        return FILL_NS // self.stages
+        is_alone = self.token_major and self.blocks_per_sm == 1
+        return (FILL_ALONE_NS if is_alone else FILL_NS) // self.stages
 
     @property
     def octets(self) -> int:
@@ -252,7 +272,10 @@ def config_of(
     if token_major:
         smem = TOKENS_SMEM_128 if v == 128 and blocks_per_sm == 1 else TOKENS_SMEM[blocks_per_sm]
         beside = (smem // blocks_per_sm - 1024 - rest) // base.stage_bytes
-        stages = min(stages, TOKENS_STAGES, max(beside, stitchers))
+        most = TOKENS_STAGES_32 if v == 32 and blocks_per_sm == 2 else TOKENS_STAGES
+        stages = min(stages, most, max(beside, stitchers))
+    elif v == 32 and room_for(n) == 16:
+        stages = min(stages, TOKENS_STAGES)
     elif blocks_per_sm == 1 and room_for(n) == 32:
         stages = min(stages, TURNED_STAGES)
     return replace(base, stages=stages, blocks_per_sm=blocks_per_sm)
@@ -268,9 +291,9 @@ def choose_config(
     every multiprocessor needs about a group of 64 rows; with up to 32 columns and 16 tiles a group (8 of token-major
     x), two ranks are a few percent better than one (their blocks end closer to each other), and with token-major x and
     long groups of 128 rows eight. Two blocks share an SM unless a stage is large, or there is one for each anyway, or
-    17 to 32 columns are turned and groups are long, or groups of 32 rows read token-major x: a block alone stitches
-    that with eight warps. With `parts` there are fewer kernels to choose from, so that there are fewer to compile and
-    check.
+    17 to 32 columns are turned and groups are long, or a few groups of 32 rows read token-major x: a block alone
+    stitches that with eight warps. With `parts` there are fewer kernels to choose from, so that there are fewer to
+    compile and check.
     """
     work, room = groups * v / 64, room_for(n)
     ranks = next((r for r in (1, 2, 4) if r * work >= FILLED * sm_count), 8)
@@ -285,7 +308,8 @@ def choose_config(
     ranks = min(ranks, v // 8, PARTS_RANKS if parts else 8)
     is_wide = v == 128 or (room == 64 and ranks * work < 2 * FILLED * sm_count and not parts)
     if token_major:
-        is_alone = ranks == 2 and (v == 32 or (v == 64 and 2 * groups <= sm_count))
+        few = {32: MANY_32 * sm_count, 64: sm_count / 2}
+        is_alone = ranks == 2 and groups <= few.get(v, 0)
         is_wide = is_wide or (not parts and (is_alone or room == 32))
     elif v == 64 and room == 32 and ranks <= 2 and not parts:
         is_wide = groups < sm_count or tiles >= SHORT_TILES * groups
@@ -319,7 +343,13 @@ def takes_tokens(m: int, k: int, n: int, v: int, density: float) -> bool:
         return n <= 32 and v == 64 and 0 < m * k * density <= WIDE_VALUES
     is_long = v == 128 and k * density >= LONG_TILES * TILE_K
     fits = k * n <= (X_VALUES_LONG if is_long else X_VALUES)
-    return (m <= MANY_ROWS or fits) and n <= TOKENS_SPREAD[v] * density
+    is_far = k * n > FAR_X or (v == 32 and m * k * density > FAR_KEPT)
+    return (m <= MANY_ROWS or fits) and n <= (FAR_SPREAD if is_far else TOKENS_SPREAD)[v] * density
+
+
+def is_paced(m: int, k: int, n: int, density: float) -> bool:
+    """Whether a product that stitches token-major x asks for its first weights slowly (`PACED`)."""
+    return n >= PACED_TOKENS * density and (n > 8 or m * k * density >= PACED_VALUES)
 
 
 def stores_directly(m: int, n: int, *, parts: bool = False, stitches: bool = False) -> bool:

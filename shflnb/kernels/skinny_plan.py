@@ -13,8 +13,8 @@ from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
 from .skinny_ahead import Successor, ahead_table, following
 from .skinny_config import (
+    EQUAL_TOKENS,
     FOURS,
-    PACED,
     TILE_K,
     TURN_IN_FEATURES,
     TURN_OUT_FEATURES,
@@ -25,10 +25,10 @@ from .skinny_config import (
 from .skinny_select import choose_few
 from .spmm_plan import DeviceWeights, device_weights, keep, problem_of, tuned_entries
 
-__all__ = ["SkinnyPlan", "SkinnyRoad", "chosen_config", "find_room", "kernel_spec", "launch_skinny", "skinny_plan",
-           "turn_of_out", "turn_of_x", "turn_in_spec", "turn_out_spec"]  # fmt: skip
+__all__ = ["SkinnyPlan", "SkinnyRoad", "chosen_config", "equal_groups", "find_room", "kernel_spec", "launch_skinny",
+           "skinny_plan", "turn_of_out", "turn_of_x", "turn_in_spec", "turn_out_spec"]  # fmt: skip
 
-ARGUMENTS = 17
+ARGUMENTS = 18
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class SkinnyPlan:
     """What lies there."""
     ahead: tuple[int, int]
     """Address and spans of the table of what its blocks read first."""
+    equal: int = 0
+    """What `equal_groups` says of its groups."""
+    density: float = 1.0
+    """Kept share of the columns of its groups."""
     successor: Successor = field(default_factory=Successor, compare=False)
 
 
@@ -158,9 +162,18 @@ def skinny_plan(
         values, columns, rows = weights.memory.addresses
         head = values, columns, queue.addresses[0], rows
         ahead = queue.addresses[1], spans
-        plan = SkinnyPlan(config, kernel, launch_config, head, (weights.memory, queue), ahead)
+        equal = equal_groups(weights.first, weights.counts)
+        plan = SkinnyPlan(config, kernel, launch_config, head, (weights.memory, queue), ahead, equal,
+                          problem_of(packed, 1).density)  # fmt: skip
         keep(packed, key, plan)
     return plan
+
+
+def equal_groups(first: np.ndarray, counts: np.ndarray) -> int:
+    """Where all groups have as many k tiles, and lie in order: that number and, above it, how many they are; else 0."""
+    tiles, groups = int(counts[0]), len(counts)
+    is_regular = (counts == tiles).all() and (first == tiles * np.arange(groups)).all()
+    return groups << 32 | tiles if is_regular else 0
 
 
 def _device_queue(
@@ -210,15 +223,16 @@ def launch_skinny(
 ) -> None:
     """Enqueue what a call launches; all but the road are addresses, `work` those of its workspaces (0 for none)."""
     launch = road.context.launch
-    n, k, m, pace = road.n, road.k, road.m, 0
+    n, k, m = road.n, road.k, road.m
     if road.turn_in is not None:
         kernel, launch_config, token_stride, feature_stride, flags = road.turn_in
         launch(stream, launch_config, kernel, x, token_stride, feature_stride, work[0], road.ldx, n, k, flags)
-        x, pace = work[0], PACED
+        x = work[0]
     plan, to = road.plan, work[1] if road.turn_out is not None else out
     after = following(plan, road.context, stream, is_turned=road.turn_in is not None)
     launch(stream, plan.launch_config, plan.kernel, *plan.head, x, to, bias, residual, n, road.ldx, road.ot, road.of,
-           road.rt, road.rf, road.flags | pace, *((0, 0) if after is None else after.ahead))  # fmt: skip
+           road.rt, road.rf, road.flags, plan.equal if n <= EQUAL_TOKENS else 0,
+           *((0, 0) if after is None else after.ahead))  # fmt: skip
     if road.turn_out is not None:
         turn, turn_config, token_stride, aligned = road.turn_out
         launch(stream, turn_config, turn, to, road.of, out, token_stride, n, m, aligned)

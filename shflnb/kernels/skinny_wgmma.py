@@ -100,6 +100,30 @@ def first_place(group, count):
     return u32((u64(u32(group * u32(FIRST_PLACES))) * u64(count)) >> u64(32))
 
 
+def make_read_record(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function (place in the queue, equal) -> its record.
+
+    With `equal`, see `skinny_plan.equal_groups`, places are numbers of groups, and nothing is read: the ids and weights
+    that a block begins with would wait for it.
+    """
+    if config.parts:
+
+        def read_record(place, equal):
+            return ld_global_nc_v4(place)
+
+    else:
+
+        def read_record(place, equal):
+            if equal == u64(0):
+                return ld_global_nc_v4(place)
+            tiles, group = u32(equal), u32(place)
+            if place >= equal >> u64(32):
+                tiles = u32(0)
+            return group, u32(group * tiles), tiles, u32(0)
+
+    return cuda.jit(device=True, forceinline=True)(read_record)
+
+
 def make_own_origin(config: SkinnyConfig, place: int) -> Callable[..., Any]:
     """Device function (address of a queue record, origin) -> where its k tiles count from.
 
@@ -123,18 +147,19 @@ def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function of one thread: the weights of every stage."""
     stages, stage_bytes, x_bytes, w_bytes = config.stages, config.stage_bytes, config.x_bytes, config.w_bytes
     own_tiles, own_origin, pace_ns = make_own_tiles(config), make_own_origin(config, 0), config.pace_ns
+    read_record = make_read_record(config)
 
     @cuda.jit(device=True, forceinline=True)
-    def stream_weights(base, full, empty, values, queue, turn_bytes, rank, flags):
+    def stream_weights(base, full, empty, values, queue, step, equal, rank, flags):
         stage, phase = u32(0), u32(1)
         pauses = u32(stages - 1) if flags & u64(PACED) else u32(0)
-        entry, origin = ld_global_nc_v4(queue), own_origin(queue, values)
+        entry, origin = read_record(queue, equal), own_origin(queue, values)
         while entry[2] > u32(0):
             own = own_tiles(entry[1], entry[2], rank)
             place = first_place(entry[0], own[1])
             source = origin + u64(u32(own[0] + place)) * u64(w_bytes)
-            queue += turn_bytes
-            entry, origin = ld_global_nc_v4(queue), own_origin(queue, values)
+            queue += step
+            entry, origin = read_record(queue, equal), own_origin(queue, values)
             for _ in range(own[1]):
                 mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
                 full_at = u32(full + stage * u32(8))
@@ -206,7 +231,7 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
     lane_rows = 2 * chunks  # rows of a stage that a lane copies a chunk of
     fours = lane_rows // 4
     coarse, mask = SWIZZLES[chunks]
-    token_major, stitch_tokens = config.token_major, make_stitch_tokens(config)
+    token_major, stitch_tokens, read_record = config.token_major, make_stitch_tokens(config), make_read_record(config)
     stitchers, ids_ahead = config.stitchers, config.ids_ahead
     slot_bytes, ring_bytes, wait_ids = TILE_K * 4, config.id_slots * TILE_K * 4, cp_async_wait[ids_ahead - 1]
 
@@ -228,7 +253,7 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
     copy_cut, copy_whole = make_copies(True), make_copies(False)
 
     @cuda.jit(device=True, forceinline=True)
-    def stitch(base, full, empty, id_rings, columns, queue, turn_bytes, rank, member, lane, x, n, ldx):
+    def stitch(base, full, empty, id_rings, columns, queue, turn, equal, rank, member, lane, x, n, ldx):
         chunk, first_row = u32(lane % u32(chunks)), u32(lane // u32(chunks) * u32(lane_rows))
         swizzled = u32(chunk ^ ((first_row >> u32(coarse)) & u32(mask)))
         target = u32(base + first_row * u32(row_bytes) + (swizzled << u32(4)))
@@ -249,11 +274,11 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
         stage, phase = member, u32(1)
         # the ids of a stage are asked for ids_ahead of this warp's stages before their use. `coming`: stages whose ids
         # are on their way; `step`: the next one, inside a record of `count`
-        entry, origin = ld_global_nc_v4(queue), own_origin(queue, columns)
+        entry, origin = read_record(queue, equal), own_origin(queue, columns)
         following, next_origin = entry, origin  # of the record after it, asked for early
         if entry[2] > u32(0):
-            queue += turn_bytes
-            following, next_origin = ld_global_nc_v4(queue), own_origin(queue, columns)
+            queue += turn
+            following, next_origin = read_record(queue, equal), own_origin(queue, columns)
         own = own_tiles(entry[1], entry[2], rank)
         count, step, tiles = own[1], member, entry[2]
         before = first_place(entry[0], count)
@@ -265,8 +290,8 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
                 entry, origin = following, next_origin
                 tiles = entry[2]
                 if tiles > u32(0):
-                    queue += turn_bytes
-                    following, next_origin = ld_global_nc_v4(queue), own_origin(queue, columns)
+                    queue += turn
+                    following, next_origin = read_record(queue, equal), own_origin(queue, columns)
                 own = own_tiles(entry[1], tiles, rank)
                 count = own[1]
                 before = first_place(entry[0], count)
@@ -347,8 +372,9 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     (group, first k tile, k tiles, 0); a cluster walks its column of the queue until a record with no tiles. rows: the
     output row of every packed row, `NO_ROW` for rows that do not exist. x: feature-major, rows `ldx` apart start at
     16-byte boundaries; or with `token_major` tokens `ldx` apart, anywhere. out and residual: any token and feature
-    strides. flags: see `epilogue.py`, and `PACED`. ahead: `aheads` records of four uint32, (address, low and high,
-    bytes, 0), of what is fetched into L2 for the product that follows.
+    strides. flags: see `epilogue.py`, and `PACED`. equal: see `make_read_record`, or 0; not used with parts. ahead:
+    `aheads` records of four uint32, (address, low and high, bytes, 0), of what is fetched into L2 for the product that
+    follows.
 
     With `parts` values, columns, bias and residual are not used. A record of the queue goes on with two addresses, of
     the values and columns of its part, and its fourth uint32 is the number of the part; groups and k tiles count within
@@ -361,10 +387,11 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     own_tiles, stream_weights, stitch = make_own_tiles(config), make_stream_weights(config), make_stitch(config)
     multiply, (begin, finish, row_values) = make_multiply(config), make_finish(config)
     own_place, record_bytes = make_own_place(config), 32 if config.parts else 16
+    read_record = make_read_record(config)
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
 
     def skinny_wgmma(
-        values, columns, queue, rows, x, out, bias, residual, n, ldx, ot, of, rt, rf, flags, ahead, aheads
+        values, columns, queue, rows, x, out, bias, residual, n, ldx, ot, of, rt, rf, flags, equal, ahead, aheads
     ):
         smem = cuda.shared.array(0, types.uint8)
         base = smem_address(smem)
@@ -374,8 +401,9 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
         tid = u32(cuda.threadIdx.x)
         lane, warp, block = u32(tid & u32(31)), u32(tid >> u32(5)), u32(cuda.blockIdx.x)
         rank = u32(block & u32(ranks - 1))
-        turn_bytes = u64(u32(cuda.gridDim.x) // u32(ranks)) * u64(record_bytes)
-        own_queue = queue + u64(block // u32(ranks)) * u64(record_bytes)
+        own_queue, step = u64(block // u32(ranks)), u64(u32(cuda.gridDim.x) // u32(ranks))
+        if equal == u64(0):
+            own_queue, step = queue + own_queue * u64(record_bytes), step * u64(record_bytes)
         if tid == u32(0):
             for stage in range(stages):
                 # full: a stitching warp's lanes and the weights' bytes; empty: the leader of the consumers
@@ -390,13 +418,13 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
         grid_launch_dependents()
         if warp == u32(streamer):
             if lane == u32(0):
-                stream_weights(base, full, empty, values, own_queue, turn_bytes, rank, flags)
+                stream_weights(base, full, empty, values, own_queue, step, equal, rank, flags)
                 fetch_ahead(ahead, u32(aheads), block, u32(cuda.gridDim.x))
             warp_sync()
             if ranks > 1:
                 cluster_wait()
         elif warp >= u32(4):
-            stitch(base, full, empty, u32(base + u32(id_rings)), columns, own_queue, turn_bytes, rank,
+            stitch(base, full, empty, u32(base + u32(id_rings)), columns, own_queue, step, equal, rank,
                    u32(warp - u32(4)), lane, x, u32(n), ldx)  # fmt: skip
             if ranks > 1:
                 cluster_wait()
@@ -404,7 +432,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
             acc = cuda.local.array(registers, f32)
             targets = cuda.local.array(row_values, u32)
             stage, phase, turn = u32(0), u32(0), u32(0)
-            entry = ld_global_nc_v4(own_queue)
+            entry = read_record(own_queue, equal)
             if ranks > 1:
                 cluster_wait()
             grid_wait()  # before anything is stored: the kernel before may still read it
@@ -412,8 +440,8 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
                 own_rows, to, to_token, own_bias, own_flags = own_place(entry[3], rows, n, out, ot, of, bias, flags)
                 begin(targets, own_rows, entry[0], warp, lane, rank)
                 count = own_tiles(entry[1], entry[2], rank)[1]
-                own_queue += turn_bytes
-                entry = ld_global_nc_v4(own_queue)
+                own_queue += step
+                entry = read_record(own_queue, equal)
                 for r in range(registers):
                     acc[r] = f32(0.0)
                 release = u32(0)

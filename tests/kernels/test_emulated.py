@@ -17,12 +17,13 @@ from emulated import EmulatedArray, EmulatedDevice, EmulatedKernel, install, tur
 from gpu_cases import DTYPES, random_packed
 
 from shflnb.errors import ArgumentError, DeviceError
-from shflnb.kernels import device_call, memo, remembered, select, skinny_select, spmm_device, timing
+from shflnb.kernels import device_call, memo, remembered, select, skinny_plan, skinny_select, spmm_device, timing
 from shflnb.kernels.config import Config
 from shflnb.kernels.epilogue import HAS_BIAS
 from shflnb.kernels.launch import DeviceMemory
 from shflnb.kernels.memo import quick_product
 from shflnb.kernels.operands import rows_of
+from shflnb.kernels.queue import tile_queue
 from shflnb.kernels.select import candidates
 from shflnb.kernels.skinny_config import config_of as few_config
 from shflnb.kernels.spmm_device import device_linear, device_matmul
@@ -181,6 +182,23 @@ def test_groups_outnumber_clusters(
     y = device.read(device_linear(device.array(x, pitch=305), packed, config=config))
     assert any("_tokens_" in name for name in device.launched) == token_major
     assert device.machine.memory.unwritten_reads == 0
+    assert (y.T.astype(np.float64) == product(packed, x.T)).all()
+
+
+@pytest.mark.parametrize(
+    ("v", "n", "ranks", "token_major", "stitchers"), [(64, 2, 2, True, 8), (32, 1, 4, False, 4), (16, 2, 1, True, 4)]
+)
+def test_equal_groups_are_found_without_a_queue(
+    v: int, n: int, ranks: int, token_major: bool, stitchers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = install(monkeypatch, EmulatedDevice(1, sm_count=1))
+    monkeypatch.setattr(device, "sm_count", 2 * ranks)  # two clusters
+    monkeypatch.setattr(skinny_plan, "tile_queue", lambda *given: np.full_like(tile_queue(*given), 0xFFFF))
+    monkeypatch.setattr(skinny_plan, "ahead_table", lambda *_: np.zeros((0, 4), np.uint32))
+    packed = random_packed(5 * v - 3, 300, v, [150] * 5, dtype="bfloat16", seed=v, integers=True)
+    config = few_config(v, n, ranks, "bfloat16", 1, token_major=token_major, stitchers=stitchers)
+    x = integers(np.random.default_rng(n), (n, 300), "bfloat16")
+    y = device.read(device_linear(device.array(x, pitch=305), packed, config=config))
     assert (y.T.astype(np.float64) == product(packed, x.T)).all()
 
 

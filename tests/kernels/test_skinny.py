@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from shflnb import errors
@@ -18,6 +19,7 @@ from shflnb.kernels.skinny_config import (
     SkinnyConfig,
     choose_config,
     config_of,
+    is_paced,
     memory_us,
     predict_us,
     room_for,
@@ -25,7 +27,7 @@ from shflnb.kernels.skinny_config import (
     takes_tokens,
     without_clusters,
 )
-from shflnb.kernels.skinny_plan import kernel_spec
+from shflnb.kernels.skinny_plan import equal_groups, kernel_spec
 from shflnb.kernels.skinny_select import few_candidates, parts_candidates
 
 
@@ -52,7 +54,7 @@ def test_as_many_stages_as_fit() -> None:
                 config = config_of(v, n, ranks, "float16", 1)
                 assert config.chunks * 8 == room_for(n) >= n
                 left = SMEM_LIMIT[90] - BESIDE_BYTES - config.smem_bytes
-                most = TURNED_STAGES if room_for(n) == 32 else 20
+                most = {32: TURNED_STAGES, 16: 12 if v == 32 else 20}.get(room_for(n), 20)
                 assert left >= 0 and (left < config.stage_bytes or config.stages == most)
 
 
@@ -61,7 +63,7 @@ def test_as_many_stages_as_fit() -> None:
     [
         # rings that leave 124 KiB to L1, or 92 KiB; a stage for each warp that stitches
         (64, 16, 2, 1, 8, 9), (64, 16, 8, 1, 8, 9), (64, 32, 8, 1, 8, 8), (64, 16, 2, 2, 4, 6), (32, 16, 2, 1, 8, 12),
-        (128, 16, 8, 1, 8, 8), (128, 16, 2, 1, 4, 7), (16, 16, 1, 2, 4, 12),
+        (128, 16, 8, 1, 8, 8), (128, 16, 2, 1, 4, 7), (16, 16, 1, 2, 4, 12), (32, 16, 2, 2, 4, 8),
     ],
 )  # fmt: skip
 def test_stitched_token_major_x_leaves_room_for_l1(
@@ -136,7 +138,8 @@ def test_long_groups_of_128_rows_are_split_further_for_token_major_x(
     [
         # measured best with token-major x on one H100 (2026-11-27 and 28) or H200 (2026-11-28)
         (4096, 4096, 64, 1, 1, 8), (4096, 4096, 64, 16, 1, 8), (6144, 4096, 64, 16, 2, 4), (28672, 4096, 64, 8, 2, 4),
-        (4096, 14336, 64, 16, 1, 8), (4096, 14336, 32, 8, 1, 8), (28672, 4096, 32, 8, 1, 8),
+        (4096, 14336, 64, 16, 1, 8), (4096, 14336, 32, 8, 1, 8), (28672, 4096, 32, 8, 2, 4),
+        (14336, 4096, 32, 8, 2, 4),
         (4096, 14336, 128, 16, 1, 8), (28672, 4096, 128, 8, 1, 8), (4096, 14336, 64, 32, 1, 8),
         (1024, 14336, 64, 8, 2, 4), (1024, 1024, 64, 8, 1, 8), (1024, 4096, 64, 8, 2, 4), (1024, 4096, 64, 32, 1, 8),
     ],
@@ -163,7 +166,9 @@ def test_the_crossovers() -> None:
     assert takes_tokens(*small, 16, 64, 0.25) and not takes_tokens(*small, 17, 64, 0.5)
     assert takes_tokens(*small, 16, 64, 0.0625) and not takes_tokens(*small, 16, 64, 0.06)
     assert takes_tokens(*small, 6, 16, 0.25) and not takes_tokens(*small, 7, 16, 0.25)
-    assert takes_tokens(*long, 12, 32, 0.125) and not takes_tokens(*long, 13, 32, 0.125)
+    assert takes_tokens(*long, 8, 32, 0.25) and not takes_tokens(*long, 13, 32, 0.25)
+    assert takes_tokens(*small, 16, 32, 0.25) and not takes_tokens(28672, 4096, 16, 32, 0.25)
+    assert takes_tokens(*long, 12, 64, 0.125) and not takes_tokens(*long, 13, 64, 0.125)
     assert takes_tokens(1024, 4096, 32, 64, 0.25) and not takes_tokens(1024, 4096, 32, 32, 0.25)
     assert not takes_tokens(8192, 28672, 32, 64, 0.25) and not takes_tokens(28672, 14336, 32, 64, 0.25)
     assert not takes_tokens(*long, 32, 64, 0.25) and not takes_tokens(*long, 33, 64, 0.25)
@@ -175,6 +180,8 @@ def test_the_crossovers() -> None:
     assert takes_tokens(28672, 8192, 8, 64, 0.25) and takes_tokens(28672, 14336, 16, 128, 0.25)
     assert not takes_tokens(28672, 14336, 16, 64, 0.25) and not takes_tokens(28672, 14336, 16, 32, 0.25)
     assert not takes_tokens(*small, 1, 64, 0.0)
+    assert is_paced(*small, 16, 0.25) and not is_paced(*small, 8, 0.25) and not is_paced(*small, 16, 0.5)
+    assert is_paced(*long, 8, 0.125) and not is_paced(*small, 8, 0.125) and not is_paced(*long, 7, 0.125)
 
 
 def test_times_are_those_of_memory() -> None:
@@ -182,3 +189,9 @@ def test_times_are_those_of_memory() -> None:
     assert memory_us(nbytes, 132) == pytest.approx(nbytes / 4.2e6, rel=0.01)
     assert predict_us(nbytes, 132) == pytest.approx(16.4, abs=0.5)
     assert memory_us(nbytes, 66) == pytest.approx(2 * memory_us(nbytes, 132))
+
+
+def test_equal_groups_are_told_from_others() -> None:
+    first = np.arange(5) * 7
+    assert equal_groups(first, np.full(5, 7)) == 5 << 32 | 7 and equal_groups(first[:1], np.array([3])) == 1 << 32 | 3
+    assert equal_groups(first, np.array([7, 7, 7, 7, 6])) == 0 and equal_groups(first[::-1], np.full(5, 7)) == 0
