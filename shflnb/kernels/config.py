@@ -123,8 +123,9 @@ class Config:
             raise ArgumentError(f"sm90: {self.copies_per_stage} copies a thread; expected at most 32 (a larger team)")
         if self.tile_n == 512 and self.team < 2:
             raise ArgumentError("sm90: a stitched row of 512 tokens takes two warps: team >= 2")
-        if self.tile_n not in (64, 128, 256, 512) or self.tile_k == 16:
-            raise ArgumentError(f"sm90: tile_n = {self.tile_n}, tile_k = {self.tile_k}; expected 64..512 and 32 or 64")
+        if self.tile_n not in (64, 96, 128, 192, 256, 512) or self.tile_k == 16:
+            raise ArgumentError(f"sm90: tile_n = {self.tile_n}, tile_k = {self.tile_k}; expected 64, 96, 128, 192, 256 "
+                                "or 512, and 32 or 64")  # fmt: skip
         if self.copies_per_stage % 4 or self.copies_per_stage == 0:
             raise ArgumentError(
                 f"sm90: tile {self.tile_n} x {self.tile_k} leaves {self.copies_per_stage} copies a thread; "
@@ -132,7 +133,10 @@ class Config:
             )
         if self.v <= 32 and self.tile_n < 128:
             raise ArgumentError("sm90: v <= 32 puts tokens on the M side, 64 for each of two warpgroups: tile_n >= 128")
-        if self.weights_are_m and self.consumer_n % 64:
+        if self.tile_n in (96, 192) and (not self.weights_are_m or self.consumer_n != self.tile_n):
+            raise ArgumentError(f"sm90: consumers that share {self.tile_n} tokens would begin inside an atom of 64; "
+                                "expected v = 128, or v = 64 and tiles in turns")  # fmt: skip
+        if self.weights_are_m and self.consumer_n % 64 and self.tile_n != 96:
             raise ArgumentError(f"sm90: a consumer stores 64 tokens at a time; this tile leaves it {self.consumer_n}")
         if self.accumulators > 128:
             raise ArgumentError(f"sm90: {self.accumulators} accumulators a thread; at most 128 fit")
@@ -153,8 +157,8 @@ class Config:
     # --- what the kernel, the launcher and explain() share -----------------------------------------------------------
     @property
     def x_stage_bytes(self) -> int:
-        """Bytes of one stage of stitched activations."""
-        return self.tile_k * self.tile_n * 2
+        """Bytes of one stage of stitched activations, whole atoms of 64 tokens."""
+        return self.tile_k * ceil_div(self.tile_n, 64) * ATOM_BYTES
 
     @property
     def w_stage_bytes(self) -> int:
@@ -195,9 +199,14 @@ class Config:
         return self.consumer_n // 2 if self.weights_are_m else self.consumer_n // 64 * (self.v // 2)
 
     @property
+    def row_lanes(self) -> int:
+        """sm90: producer threads to a stitched row, a power of two; those that have no chunk of it copy nothing."""
+        return 1 << (self.tile_n // 8 - 1).bit_length()
+
+    @property
     def copies_per_stage(self) -> int:
         """sm90: 16-byte copies each producer thread issues for a stage."""
-        return self.x_stage_bytes // 16 // (32 * self.team)
+        return self.tile_k * self.row_lanes // (32 * self.team)
 
     @property
     def teams(self) -> int:

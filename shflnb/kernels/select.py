@@ -47,7 +47,7 @@ EPILOGUE_US_PER_KB = {"gelu": 0.03, "silu": 0.02}  # of results, beside the drai
 ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longer stands while a tile drains
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
 ALL_STITCH_US = 0.5  # all four warps at one stage: it is there sooner, and the next ones take longer, by (v, tile_n)
-ALL_STITCH_STAGE = {(128, 128): 1.12, (128, 64): 1.18, (64, 128): 1.18}
+ALL_STITCH_STAGE = {(128, 128): 1.12, (128, 96): 1.15, (128, 64): 1.18, (64, 128): 1.18}
 WIDE_STAGE = 0.9  # time of a stage of 512 tokens, since ptxas assembles it without spills (H100, 2026-11-26)
 US_PER_MB = 0.05  # of x, weights and result: what device memory adds; three quarters of its time are hidden
 SMALL_X_BYTES = 4e6  # of x, for which every order is as good
@@ -77,6 +77,8 @@ _SM90_TILES = {
         (256, 64, 4, 4, False),
         (128, 64, 6, 2, False),
         (128, 64, 6, 4, False),
+        (96, 64, 6, 2, False),
+        (96, 64, 6, 4, False),
         (64, 64, 8, 2, False),
         (64, 64, 8, 4, False),
     ),
@@ -84,6 +86,7 @@ _SM90_TILES = {
         (256, 64, 5, 2, True),
         (256, 64, 5, 2, False),
         (512, 32, 5, 2, False),
+        (192, 64, 6, 2, True),
         (128, 64, 6, 2, True),
         (128, 64, 6, 4, True),
         (64, 64, 8, 2, True),
@@ -145,7 +148,8 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
     longest = ceil_div(max(1, problem.longest), config.tile_k)
     # a group's last stage is half full on average, unless the groups are whole stages
     stages = max(1.0, min(longest, problem.columns / max(1, problem.groups) / config.tile_k + 0.5))
-    copies = (config.x_stage_bytes * X_US_PER_KB + config.w_stage_bytes * W_US_PER_KB) / 1024
+    x_bytes = 2 * config.tile_k * config.tile_n
+    copies = (x_bytes * X_US_PER_KB + config.w_stage_bytes * W_US_PER_KB) / 1024
     products = 2e-6 * config.v * config.tile_n * config.tile_k / (MFLOP_PER_US * (1 + BUSY_SHARE))
     stage = max(copies, products) * (1 + BUSY_SHARE * min(1.0, tiles / slots))
     kib = 2 * config.v * min(problem.n, config.tile_n) / 1024

@@ -37,11 +37,11 @@ IDS_AHEAD = 6  # of its stages between the fetch of ids and their use; the slots
 
 def make_producer(config: Config) -> Callable[..., Any]:
     """Device function of the producer warpgroup: fill the ring, stage after stage, for every tile of this block."""
-    tile_n, tile_k, stages = config.tile_n, config.tile_k, config.stages
+    tile_n, tile_k, stages, row_lanes = config.tile_n, config.tile_k, config.stages, config.row_lanes
     x_bytes, w_bytes, stage_bytes = config.x_stage_bytes, config.w_stage_bytes, config.stage_bytes
     chunks = tile_n // 8  # 16-byte chunks of a stitched row
-    parts = max(1, chunks // 32)  # warps that share a row
-    subs = max(1, 32 // chunks)  # rows that one warp instruction covers
+    parts = max(1, row_lanes // 32)  # warps that share a row
+    subs = max(1, 32 // row_lanes)  # rows that one warp instruction covers
     team, teams = config.team, config.teams
     rows_per_warp = config.producer_rows
     # copies, and ids in registers, at a time; with 32 copies, two times 16 ids no longer fit the producers' registers
@@ -49,7 +49,7 @@ def make_producer(config: Config) -> Callable[..., Any]:
     batches = config.copies_per_stage // batch
     thread_rows, batch_bytes = config.copies_per_stage, batch * ATOM_BYTES
     quads = batch // 4
-    lanes_per_row = min(32, chunks)
+    lanes_per_row, has_idle_lanes = min(32, row_lanes), row_lanes != chunks
     id_lanes = rows_per_warp // 4  # lanes that fetch a stage's ids, 16 bytes each
     slot_bytes, ring_bytes = rows_per_warp * 4, ID_SLOTS * rows_per_warp * 4
     give_registers = setmaxnreg_dec[config.registers[0]]
@@ -65,8 +65,11 @@ def make_producer(config: Config) -> Callable[..., Any]:
             ids[4 * q + 3] = four[3]
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_batch(to, first_row_bytes, ids, row_bytes, x_at, cut, room, beyond):
+    def copy_batch(to, first_row_bytes, ids, row_bytes, x_at, cut, room, beyond, column_chunk):
         """Start the copies of a batch of a stage's rows, which begin so many bytes behind `to`."""
+        if has_idle_lanes:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
+            if column_chunk >= u32(chunks):
+                return
         if cut:
             for j in range(batch):
                 size = room if i32(ids[j]) >= i32(0) else u32(0)
@@ -154,22 +157,22 @@ def make_producer(config: Config) -> Callable[..., Any]:
                 slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
                 if batches > 1:
                     load_ids(next_ids, u32(ids_now + u32(batch * 4)))
-                    copy_batch(to, u32(0), ids, row_bytes, x_at, cut, room, beyond)
+                    copy_batch(to, u32(0), ids, row_bytes, x_at, cut, room, beyond, column_chunk)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                 if batches > 2:
                     load_ids(next_ids, u32(ids_now + u32(2 * batch * 4)))
-                    copy_batch(to, u32(batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
+                    copy_batch(to, u32(batch_bytes), ids, row_bytes, x_at, cut, room, beyond, column_chunk)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                     load_ids(next_ids, u32(ids_now + u32(3 * batch * 4)))
-                    copy_batch(to, u32(2 * batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
+                    copy_batch(to, u32(2 * batch_bytes), ids, row_bytes, x_at, cut, room, beyond, column_chunk)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                 wait_ids()
                 warp_sync()
                 load_ids(next_ids, u32(own_ids + slot))
-                copy_batch(to, u32((batches - 1) * batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
+                copy_batch(to, u32((batches - 1) * batch_bytes), ids, row_bytes, x_at, cut, room, beyond, column_chunk)
                 cp_async_mbarrier_arrive_noinc(full_at)
                 for j in range(batch):
                     ids[j] = next_ids[j]

@@ -54,7 +54,7 @@ def make_drain(config: Config) -> Callable[..., Any]:
     instruction cache: what only unaligned or cut rows need is in loops, and a residual comes through the same shared
     memory as the results go.
     """
-    plain = config.epilogue == "plain"
+    plain, is_partial = config.epilogue == "plain", config.consumer_n % 64 != 0
     activation, pack = make_activation(config.epilogue), pack_pair[config.dtype]
     add_residual = make_add_residual(config.dtype, STAGING_PITCH)
 
@@ -87,14 +87,21 @@ def make_drain(config: Config) -> Callable[..., Any]:
             stmatrix_x4(u32(matrix_at + u32(32 * j)), pack(acc[a], acc[a + 1]), pack(acc[a + 2], acc[a + 3]),
                         pack(acc[a + 4], acc[a + 5]), pack(acc[a + 6], acc[a + 7]))  # fmt: skip
         warp_sync()
-        if flags & u32(ALIGNED) and u32(column + u32(64)) <= n:
+        if is_partial:
+            is_whole = flags & u32(ALIGNED) and (n & u32(7)) == u32(0)
+        else:
+            is_whole = flags & u32(ALIGNED) and u32(column + u32(64)) <= n
+        if is_whole:
             w = cuda.local.array(16, u32)
             for q in range(4):
                 four = ld_shared_v4(u32(chunk_at + u32(q * 4 * STAGING_PITCH)))
                 w[4 * q], w[4 * q + 1], w[4 * q + 2], w[4 * q + 3] = four[0], four[1], four[2], four[3]
             for q in range(4):
+                row = targets[q]
+                if is_partial:
+                    row = row if col < n else u32(NO_ROW)
                 st_global_v4_unless(places[q] + u64(col) * u64(2), w[4 * q], w[4 * q + 1], w[4 * q + 2], w[4 * q + 3],
-                                    targets[q], u32(NO_ROW))  # fmt: skip
+                                    row, u32(NO_ROW))  # fmt: skip
         else:
             q = u32(0)
             while q < u32(4):
@@ -118,7 +125,8 @@ def make_rows_side(config: Config) -> tuple[int, int, Callable[..., Any], Callab
     desc_a0 = ((v // 8) * CORE_BYTES >> 4) << 16 | (CORE_BYTES >> 4) << 32
     # leading offset: 64-token atoms; stride offset: 8 rows of k
     desc_b0 = (tile_k * ATOM_BYTES >> 4) << 16 | (8 * ATOM_BYTES >> 4) << 32 | SWIZZLE_128B
-    drain, drains = make_drain(config), min(ROUND, warp_n) // 64
+    drain, drains = make_drain(config), ROUND // 64 if warp_n % ROUND == 0 else 1
+    is_partial = warp_n % 64 != 0
     plain, bias_value = config.epilogue == "plain", make_bias_value(config.dtype)
 
     @cuda.jit(device=True, forceinline=True)
@@ -158,11 +166,12 @@ def make_rows_side(config: Config) -> tuple[int, int, Callable[..., Any], Callab
         for q in range(4):
             places[q] = out + u64(targets[q]) * ldo * u64(2)
         end = min(u32(column + u32(warp_n)), n)
+        bound = end if is_partial else n  # what is drained beyond the tile is the next tile's
         while column < end:  # as a loop, since the code of a whole tile is more than the instruction cache holds
             no_unroll()
             for d in range(drains):
-                drain(acc, 32 * d, targets, places, own, lane, low, high, u32(column + u32(64 * d)), n, out, residual,
-                      ldo, ldr, flags)  # fmt: skip
+                drain(acc, 32 * d, targets, places, own, lane, low, high, u32(column + u32(64 * d)), bound, out,
+                      residual, ldo, ldr, flags)  # fmt: skip
             for r in range(warp_n // 2 - 32 * drains):  # constant indices: accumulators stay in registers
                 acc[r] = acc[r + 32 * drains]
             column = opaque(u32(column + u32(64 * drains)))

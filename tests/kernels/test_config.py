@@ -26,7 +26,9 @@ EVERY = [c for v in (16, 32, 64, 128) for cap in CAPABILITIES for c in candidate
         (SM90, {"tile_k": 48}, "tile_k = 48"),
         (SM90, {"stages": 1}, "stages = 1"),
         (SM90, {"tile_k": 16}, "tile_k = 16"),
-        (SM90, {"tile_n": 96}, "tile_n = 96"),
+        (SM90, {"tile_n": 80}, "tile_n = 80"),
+        (SM90, {"tile_n": 192}, "inside an atom of 64"),
+        (SM90, {"v": 32, "tile_n": 192, "alternate": True}, "inside an atom of 64"),
         (SM90, {"producers": 3}, "producers = 3"),
         (SM90, {"stages": 6}, "bytes of shared memory; at most"),
         (SM90, {"v": 128, "tile_n": 512, "tile_k": 32}, "accumulators"),
@@ -57,7 +59,8 @@ def test_configs_are_frozen_hashable_and_named_apart() -> None:
 @pytest.mark.parametrize("config", sorted(set(EVERY), key=lambda c: c.name), ids=lambda c: c.name)
 def test_sizes_against_sums_written_out(config: Config) -> None:
     x_values, w_values = config.tile_k * config.tile_n, config.tile_k * config.v
-    assert config.stage_bytes == 2 * x_values + 2 * w_values
+    atoms = -(-config.tile_n // 64) if config.kernel == "sm90" else config.tile_n / 64
+    assert config.stage_bytes == config.tile_k * 128 * atoms + 2 * w_values
     outputs = config.v * config.tile_n
     if config.kernel == "sm80":
         assert config.threads % 32 == 0 and config.threads <= 1024
@@ -78,7 +81,8 @@ def test_sizes_against_sums_written_out(config: Config) -> None:
         assert 128 * (producer * config.producers + 2 * consumer) <= launched
         assert config.accumulators <= 128
         producing = 32 * config.team
-        assert config.copies_per_stage * producing * 16 == 2 * x_values
+        lanes = next(lanes for lanes in (8, 16, 32, 64) if 8 * lanes >= config.tile_n)
+        assert config.copies_per_stage * producing == config.tile_k * lanes
         assert config.teams * config.team == 4 * config.producers
         # barriers: two of 8 bytes a stage, in 256 bytes; the ids of 8 stages of each producer warp, 4 bytes each
         assert 2 * 8 * config.stages + 2 * 8 * config.alternate <= 256

@@ -62,6 +62,7 @@ STITCHED = [
     ("sm90 alternate", 16, 256, "float16"), ("sm90 alternate", 64, 128, "bfloat16"),
     ("sm90 alternate", 64, 64, "float16"), ("sm90", 32, 512, "bfloat16"),
     ("sm90 all", 128, 64, "bfloat16"), ("sm90 alternate all", 64, 128, "float16"),
+    ("sm90 all", 128, 96, "float16"), ("sm90", 128, 96, "bfloat16"), ("sm90 alternate", 64, 192, "bfloat16"),
 ]  # fmt: skip
 
 
@@ -97,7 +98,9 @@ def test_consumers_that_alternate_lose_no_turn(monkeypatch: pytest.MonkeyPatch) 
         assert (y.astype(np.float64) == want).all()
 
 
-@pytest.mark.parametrize(("kernel", "v", "tile_n"), [("sm90", 128, 128), ("sm90 alternate", 32, 256), ("sm80", 64, 64)])
+@pytest.mark.parametrize(
+    ("kernel", "v", "tile_n"), [("sm90", 128, 128), ("sm90 alternate", 32, 256), ("sm80", 64, 64), ("sm90", 128, 96)]
+)
 @pytest.mark.parametrize("activation", ["gelu", None])
 def test_bias_activation_and_residual(
     kernel: str, v: int, tile_n: int, activation: str | None, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +109,7 @@ def test_bias_activation_and_residual(
     rng = np.random.default_rng(v)
     packed = random_packed(v + 9, 90, v, seed=v)
     m, k = packed.shape
-    x, residual, bias = (floats(rng, shape, "float16") for shape in ((k, 75), (m, 75), (m,)))
+    x, residual, bias = (floats(rng, shape, "float16") for shape in ((k, 107), (m, 107), (m,)))
     y = device_matmul(packed, device.array(x), bias=device.array(bias), activation=activation,
                       residual=device.array(residual), config=config_of(kernel, v, tile_n))  # fmt: skip
     verdict = judge(device.read(y), packed, x, bias, activation, residual)
