@@ -134,6 +134,33 @@ def test_products_that_follow_one_another_are_each_right(n: int) -> None:
         assert all(torch.equal(out, wanted[number % 4]) for number, out in enumerate(outs))
 
 
+@pytest.mark.parametrize("n", [1, 8, 16, 40])
+def test_each_product_reads_what_the_one_before_it_wrote(n: int) -> None:
+    """It begins before that one ends, and reads x through L1, where what the last but one has read may still stand."""
+    shapes = ((4096, 1024), (1024, 4096))
+    forth, back = (random_packed(m, k, 64, [256] * (m // 64), seed=m) for m, k in shapes)
+    for packed in (forth, back):
+        packed.values[:] = packed.values / np.float16(16)  # keeps the size of the numbers
+    start = torch.randn(n, 1024, device="cuda").half()
+
+    def rounds(is_slow: bool) -> Any:
+        x = start
+        for packed in (forth, back) * 8:
+            x = shflnb.linear(x, packed)
+            if is_slow:
+                torch.cuda.synchronize()
+        return x
+
+    slow, graph = rounds(True), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fast = rounds(False)
+    assert bool(slow.isfinite().all()) and float(slow.abs().max()) > 0.01
+    for _ in range(8):
+        fast.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(fast, slow)
+
+
 def test_a_graph_outlives_the_product_it_fetches_for() -> None:
     """Each product asks L2 for the next one's first weights; in a graph these stay, whatever becomes of the matrix."""
     one, two = (random_packed(640, 512, 64, seed=seed) for seed in (3, 4))
