@@ -35,7 +35,7 @@ __all__ = ["make_rows_side"]
 
 u32, u64, f32 = types.uint32, types.uint64, types.float32
 
-ROUND = 128  # columns that a round of the loop over a tile's results stores
+ROUND = 128  # columns that a round of the loop over a tile's results stores; 64 where a tile is not a multiple of them
 STAGING_PITCH = 144  # bytes: 64 columns and a chunk more, so that 8 rows fall into different banks
 
 
