@@ -133,7 +133,7 @@ class Config:
             )
         if self.v <= 32 and self.tile_n < 128:
             raise ArgumentError("sm90: v <= 32 puts tokens on the M side, 64 for each of two warpgroups: tile_n >= 128")
-        if self.tile_n in (96, 192) and (not self.weights_are_m or self.consumer_n != self.tile_n):
+        if self.has_idle_lanes and (not self.weights_are_m or self.consumer_n != self.tile_n):
             raise ArgumentError(f"sm90: consumers that share {self.tile_n} tokens would begin inside an atom of 64; "
                                 "expected v = 128, or v = 64 and tiles in turns")  # fmt: skip
         if self.weights_are_m and self.consumer_n % 64 and self.tile_n != 96:
@@ -200,8 +200,13 @@ class Config:
 
     @property
     def row_lanes(self) -> int:
-        """sm90: producer threads to a stitched row, a power of two; those that have no chunk of it copy nothing."""
+        """sm90: producer threads to a stitched row, a power of two."""
         return 1 << (self.tile_n // 8 - 1).bit_length()
+
+    @property
+    def has_idle_lanes(self) -> bool:
+        """sm90: whether some of them have no chunk of it, and copy nothing."""
+        return 8 * self.row_lanes != self.tile_n
 
     @property
     def copies_per_stage(self) -> int:

@@ -128,7 +128,7 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
     if out[3] == 1 and m > 1 and n > 1 and not stores_directly(m, n, stitches=token_major):
         turn_out, ot, of = turn_of_out(context, n, m, out[0], out[4], stream), 1, ceil_div(n, 8) * 8
     rt, rf, flags = (0, 0, 0) if residual is None else (residual[4], residual[3], HAS_RESIDUAL)
-    if turn_in is not None or (token_major and is_paced(m, k, n, plan.density)):
+    if token_major and is_paced(m, k, n, plan.density):
         flags |= PACED
     road = SkinnyRoad(context, plan, turn_in, turn_out, n, k, m, ldx, ot, of, rt, rf, bias[1] | flags)
     works = [new_matrix(1, values, call.like, call.packed.dtype) if values else None for values in road.work_values]

@@ -162,7 +162,7 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
         launch, stage = launch - ALL_STITCH_US, stage * ALL_STITCH_STAGE[config.v, config.tile_n]
     if config.tile_n == 512:
         stage *= WIDE_STAGE
-    if 8 * config.row_lanes != config.tile_n:
+    if config.has_idle_lanes:
         stage *= IDLE_STAGE[config.v]
     if config.alternate:
         stage *= ALTERNATE_STAGE

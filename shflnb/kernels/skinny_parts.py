@@ -19,7 +19,7 @@ from .config import ceil_div
 from .launch import DeviceContext, DeviceMemory
 from .queue import tile_queue
 from .skinny_ahead import ahead_table
-from .skinny_config import ACTIVATED, PACED, TILE_K, choose_config, room_for, takes_tokens
+from .skinny_config import ACTIVATED, TILE_K, choose_config, room_for, takes_tokens
 from .skinny_plan import SkinnyPlan, SkinnyRoad, find_room, turn_of_x
 from .spmm_plan import device_weights
 
@@ -124,5 +124,4 @@ class Parts:
         if not token_major:
             turn_in, ldx = turn_of_x(self.context, n, self.k, 0, (self.k, 1), stream), ceil_div(n, 8) * 8
         ot, of = (1, n) if is_feature else (0, 1)  # a token-major part has its own token stride
-        flags = 0 if token_major else PACED
-        return SkinnyRoad(self.context, plan, turn_in, None, n, self.k, self.m, ldx, ot, of, 0, 0, flags)
+        return SkinnyRoad(self.context, plan, turn_in, None, n, self.k, self.m, ldx, ot, of, 0, 0, 0)

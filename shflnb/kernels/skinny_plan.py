@@ -15,6 +15,7 @@ from .skinny_ahead import Successor, ahead_table, following
 from .skinny_config import (
     EQUAL_TOKENS,
     FOURS,
+    PACED,
     TILE_K,
     TURN_IN_FEATURES,
     TURN_OUT_FEATURES,
@@ -223,15 +224,15 @@ def launch_skinny(
 ) -> None:
     """Enqueue what a call launches; all but the road are addresses, `work` those of its workspaces (0 for none)."""
     launch = road.context.launch
-    n, k, m = road.n, road.k, road.m
+    n, k, m, pace = road.n, road.k, road.m, 0
     if road.turn_in is not None:
         kernel, launch_config, token_stride, feature_stride, flags = road.turn_in
         launch(stream, launch_config, kernel, x, token_stride, feature_stride, work[0], road.ldx, n, k, flags)
-        x = work[0]
+        x, pace = work[0], PACED
     plan, to = road.plan, work[1] if road.turn_out is not None else out
     after = following(plan, road.context, stream, is_turned=road.turn_in is not None)
     launch(stream, plan.launch_config, plan.kernel, *plan.head, x, to, bias, residual, n, road.ldx, road.ot, road.of,
-           road.rt, road.rf, road.flags, plan.equal if n <= EQUAL_TOKENS else 0,
+           road.rt, road.rf, road.flags | pace, plan.equal if n <= EQUAL_TOKENS else 0,
            *((0, 0) if after is None else after.ahead))  # fmt: skip
     if road.turn_out is not None:
         turn, turn_config, token_stride, aligned = road.turn_out

@@ -49,7 +49,7 @@ def make_producer(config: Config) -> Callable[..., Any]:
     batches = config.copies_per_stage // batch
     thread_rows, batch_bytes = config.copies_per_stage, batch * ATOM_BYTES
     quads = batch // 4
-    lanes_per_row, has_idle_lanes = min(32, row_lanes), row_lanes != chunks
+    lanes_per_row, has_idle_lanes = min(32, row_lanes), config.has_idle_lanes
     id_lanes = rows_per_warp // 4  # lanes that fetch a stage's ids, 16 bytes each
     slot_bytes, ring_bytes = rows_per_warp * 4, ID_SLOTS * rows_per_warp * 4
     give_registers = setmaxnreg_dec[config.registers[0]]

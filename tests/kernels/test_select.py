@@ -176,13 +176,15 @@ MEASURED_LATER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("v", "m", "k", "n", "sparsity", "times"), MEASURED + MEASURED_LATER)
+@pytest.mark.parametrize(
+    ("tiles", "v", "m", "k", "n", "sparsity", "times"),
+    [(TIMED, *case) for case in MEASURED] + [(TIMED_LATER, *case) for case in MEASURED_LATER],
+)
 def test_the_rule_finds_what_was_measured_fastest(
-    v: int, m: int, k: int, n: int, sparsity: float, times: tuple[float, ...]
+    tiles: dict[int, Any], v: int, m: int, k: int, n: int, sparsity: float, times: tuple[float, ...]
 ) -> None:
     asked = problem(m, k, n, v, 1 - sparsity)
-    tiles = next(t[v] for t in (TIMED, TIMED_LATER) if v in t and len(t[v]) == len(times))
-    pool = [Config("sm90", v, *rest, team=team, alternate=alternate) for *rest, team, alternate in tiles]
+    pool = [Config("sm90", v, *rest, team=team, alternate=alternate) for *rest, team, alternate in tiles[v]]
     us = dict(zip(pool, times, strict=True))
     choice = choose(asked, *H200, only=pool)
     assert us[choice.config] <= 1.1 * min(times)
