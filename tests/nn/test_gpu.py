@@ -15,6 +15,7 @@ from nn_models import Attention, GatedMLP, TinyLM, dense_by_definition, make_lay
 from torch import nn
 
 from shflnb.errors import CaptureError, DeviceError, DtypeError
+from shflnb.kernels.skinny_config import MAX_N
 from shflnb.nn import ShflLinear, estimate, is_feature_major, packed_linear, sparsify_, to_feature_major
 from shflnb.nn.record import record_count
 from shflnb.nn.sums import SumTerm
@@ -52,7 +53,9 @@ def test_values_and_layouts(dtype: torch.dtype, m: int, k: int, block: Any, lead
                 torch.testing.assert_close(y.double().cpu(), want, **bound(dtype))
                 assert y.is_contiguous() or (layout == "feature" and is_feature_major(y))
                 results.append(y)
-        assert all(torch.equal(results[0], y) for y in results[1:]), "the layout changes no bit"
+        few = x[..., 0].numel() <= MAX_N  # then each layout of x has a kernel of its own
+        alike = [results[:2], results[2:]] if few else [results]
+        assert all(torch.equal(pair[0], y) for pair in alike for y in pair[1:]), "one kernel, one result"
 
 
 def test_small_integers_are_exact() -> None:
