@@ -123,9 +123,9 @@ class Config:
             raise ArgumentError(f"sm90: {self.copies_per_stage} copies a thread; expected at most 32 (a larger team)")
         if self.tile_n == 512 and self.team < 2:
             raise ArgumentError("sm90: a stitched row of 512 tokens takes two warps: team >= 2")
-        if self.tile_n not in (64, 96, 128, 192, 256, 512) or self.tile_k == 16:
-            raise ArgumentError(f"sm90: tile_n = {self.tile_n}, tile_k = {self.tile_k}; expected 64, 96, 128, 192, 256 "
-                                "or 512, and 32 or 64")  # fmt: skip
+        if self.tile_n not in (64, 96, 128, 160, 192, 256, 512) or self.tile_k == 16:
+            raise ArgumentError(f"sm90: tile_n = {self.tile_n}, tile_k = {self.tile_k}; expected 64, 96, 128, 160, 192, "
+                                "256 or 512, and 32 or 64")  # fmt: skip
         if self.copies_per_stage % 4 or self.copies_per_stage == 0:
             raise ArgumentError(
                 f"sm90: tile {self.tile_n} x {self.tile_k} leaves {self.copies_per_stage} copies a thread; "
@@ -133,10 +133,10 @@ class Config:
             )
         if self.v <= 32 and self.tile_n < 128:
             raise ArgumentError("sm90: v <= 32 puts tokens on the M side, 64 for each of two warpgroups: tile_n >= 128")
-        if self.has_idle_lanes and (not self.weights_are_m or self.consumer_n != self.tile_n):
+        if self.tail_n and (not self.weights_are_m or self.consumer_n != self.tile_n):
             raise ArgumentError(f"sm90: consumers that share {self.tile_n} tokens would begin inside an atom of 64; "
                                 "expected v = 128, or v = 64 and tiles in turns")  # fmt: skip
-        if self.weights_are_m and self.consumer_n % 64 and self.tile_n != 96:
+        if self.weights_are_m and self.consumer_n % 64 and not self.tail_n:
             raise ArgumentError(f"sm90: a consumer stores 64 tokens at a time; this tile leaves it {self.consumer_n}")
         if self.accumulators > 128:
             raise ArgumentError(f"sm90: {self.accumulators} accumulators a thread; at most 128 fit")
@@ -199,19 +199,24 @@ class Config:
         return self.consumer_n // 2 if self.weights_are_m else self.consumer_n // 64 * (self.v // 2)
 
     @property
-    def row_lanes(self) -> int:
-        """sm90: producer threads to a stitched row, a power of two."""
-        return 1 << (self.tile_n // 8 - 1).bit_length()
+    def head_n(self) -> int:
+        """sm90: tokens of a stitched row that a power of two of producer threads copies, a 16-byte chunk each."""
+        return 1 << (self.tile_n.bit_length() - 1)
 
     @property
-    def has_idle_lanes(self) -> bool:
-        """sm90: whether some of them have no chunk of it, and copy nothing."""
-        return 8 * self.row_lanes != self.tile_n
+    def tail_n(self) -> int:
+        """sm90: the tokens behind them, which are copied after them, by fewer threads to a row; 0 for most tiles."""
+        return self.tile_n - self.head_n
 
     @property
     def copies_per_stage(self) -> int:
-        """sm90: 16-byte copies each producer thread issues for a stage."""
-        return self.tile_k * self.row_lanes // (32 * self.team)
+        """sm90: 16-byte copies each producer thread issues for a stage's heads of rows."""
+        return self.tile_k * self.head_n // 8 // (32 * self.team)
+
+    @property
+    def tail_copies(self) -> int:
+        """sm90: those for their tails."""
+        return self.tile_k * self.tail_n // 8 // (32 * self.team)
 
     @property
     def teams(self) -> int:

@@ -7,8 +7,8 @@ bytes, or what the tensor cores need if that is longer; a tile costs its stages 
 multiprocessor, a launch and what device memory adds make the time. In those 495 cases the choice is within 8 % of the
 fastest candidate (0.3 % on average; within 10 % also on shapes left out of a fit), and predictions are 5 % off on
 average. v = 16 was not measured and gets what v = 32 gets. Consumers in turns at 64 and 128 tokens, and four warps to
-a stage of so many, came later, with 29 and 15 shapes on an H100 (2026-11-26 and 27), and tiles of 96 and 192 tokens
-with 16 shapes on an H200 (2026-11-28; within 7 % of the fastest, 0.4 % on average).
+a stage of so many, came later, with 29 and 15 shapes on an H100 (2026-11-26 and 27), and tiles of 96, 160 and
+192 tokens with 16 shapes on an H200 (2026-11-28; within 7 % of the fastest, 0.5 % on average).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longe
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
 ALL_STITCH_US = 0.4  # all four warps at one stage: it is there sooner, and the next ones take longer, by (v, tile_n)
 ALL_STITCH_STAGE = {(128, 128): 1.16, (128, 64): 1.18, (64, 128): 1.18}
-IDLE_STAGE = {128: 1.13, 64: 1.09}  # time of a stage of 96 or 192 tokens, by v: some lanes have no chunk to copy
+TAIL_STAGE = {(128, 96): 1.04, (128, 160): 1.04, (64, 96): 1.16, (64, 160): 1.07, (64, 192): 1.07}
+"""Time of a stage whose rows are copied in two pieces, by (v, tile_n)."""
 WIDE_STAGE = 0.9  # time of a stage of 512 tokens, since ptxas assembles it without spills (H100, 2026-11-26)
 US_PER_MB = 0.05  # of x, weights and result: what device memory adds; three quarters of its time are hidden
 SMALL_X_BYTES = 4e6  # of x, for which every order is as good
@@ -79,7 +80,7 @@ _SM90_TILES = {
         (256, 64, 4, 4, False),
         (128, 64, 6, 2, False),
         (128, 64, 6, 4, False),
-        (192, 64, 4, 4, False),
+        (160, 64, 5, 4, False),
         (96, 64, 6, 2, False),
         (64, 64, 8, 2, False),
         (64, 64, 8, 4, False),
@@ -89,8 +90,10 @@ _SM90_TILES = {
         (256, 64, 5, 2, False),
         (512, 32, 5, 2, False),
         (192, 64, 6, 2, True),
+        (160, 64, 6, 2, True),
         (128, 64, 6, 2, True),
         (128, 64, 6, 4, True),
+        (96, 64, 8, 2, True),
         (64, 64, 8, 2, True),
     ),
     32: _SM90_TOKENS,
@@ -162,8 +165,8 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
         launch, stage = launch - ALL_STITCH_US, stage * ALL_STITCH_STAGE[config.v, config.tile_n]
     if config.tile_n == 512:
         stage *= WIDE_STAGE
-    if config.has_idle_lanes:
-        stage *= IDLE_STAGE[config.v]
+    if config.tail_n:
+        stage *= TAIL_STAGE.get((config.v, config.tile_n), 1.0)
     if config.alternate:
         stage *= ALTERNATE_STAGE
         busy = max(rounds * (stages * stage + ALTERNATE_DRAIN * drain), longest * stage) + drain

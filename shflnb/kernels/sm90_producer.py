@@ -18,6 +18,7 @@ from .ptx import (
     cp_async_mbarrier_arrive_noinc,
     cp_async_wait,
     ld_global_nc_v4,
+    ld_shared_u32,
     ld_shared_v4,
     mad_wide_u32,
     mbarrier_arrive_expect_tx,
@@ -37,9 +38,9 @@ IDS_AHEAD = 6  # of its stages between the fetch of ids and their use; the slots
 
 def make_producer(config: Config) -> Callable[..., Any]:
     """Device function of the producer warpgroup: fill the ring, stage after stage, for every tile of this block."""
-    tile_n, tile_k, stages, row_lanes = config.tile_n, config.tile_k, config.stages, config.row_lanes
+    tile_n, tile_k, stages, row_lanes = config.tile_n, config.tile_k, config.stages, config.head_n // 8
     x_bytes, w_bytes, stage_bytes = config.x_stage_bytes, config.w_stage_bytes, config.stage_bytes
-    chunks = tile_n // 8  # 16-byte chunks of a stitched row
+    tail_rows, tail_lanes, tail_atoms = config.tail_copies, config.tail_n // 8, config.head_n // 64
     parts = max(1, row_lanes // 32)  # warps that share a row
     subs = max(1, 32 // row_lanes)  # rows that one warp instruction covers
     team, teams = config.team, config.teams
@@ -48,43 +49,61 @@ def make_producer(config: Config) -> Callable[..., Any]:
     batch = 8 if config.copies_per_stage == 32 else min(16, config.copies_per_stage)
     batches = config.copies_per_stage // batch
     thread_rows, batch_bytes = config.copies_per_stage, batch * ATOM_BYTES
-    quads = batch // 4
-    lanes_per_row, has_idle_lanes = min(32, row_lanes), config.has_idle_lanes
+    lanes_per_row = min(32, row_lanes)
     id_lanes = rows_per_warp // 4  # lanes that fetch a stage's ids, 16 bytes each
     slot_bytes, ring_bytes = rows_per_warp * 4, ID_SLOTS * rows_per_warp * 4
     give_registers = setmaxnreg_dec[config.registers[0]]
     wait_ids = cp_async_wait[IDS_AHEAD - 2]
 
-    @cuda.jit(device=True, forceinline=True)
-    def load_ids(ids, address):
-        for q in range(quads):
-            four = ld_shared_v4(u32(address + u32(q * 16)))
-            ids[4 * q] = four[0]
-            ids[4 * q + 1] = four[1]
-            ids[4 * q + 2] = four[2]
-            ids[4 * q + 3] = four[3]
+    def make_copies(rows):
+        """Device functions (load_ids, copy_batch) for so many rows of a thread at a time."""
+
+        @cuda.jit(device=True, forceinline=True)
+        def load_ids(ids, address):
+            for q in range(rows // 4):
+                four = ld_shared_v4(u32(address + u32(q * 16)))
+                ids[4 * q] = four[0]
+                ids[4 * q + 1] = four[1]
+                ids[4 * q + 2] = four[2]
+                ids[4 * q + 3] = four[3]
+            for q in range(rows // 4 * 4, rows):
+                ids[q] = ld_shared_u32(u32(address + u32(q * 4)))
+
+        @cuda.jit(device=True, forceinline=True)
+        def copy_batch(to, first_row_bytes, ids, row_bytes, x_at, cut, room, beyond):
+            """Start the copies of a batch of a stage's rows, which begin so many bytes behind `to`."""
+            if cut:
+                for j in range(rows):
+                    size = room if i32(ids[j]) >= i32(0) else u32(0)
+                    cp_async_16(
+                        u32((to ^ u32((j & 7) << 4)) + u32(first_row_bytes + u32(j * ATOM_BYTES))),
+                        mad_wide_u32(ids[j] & u32(0x7FFFFFFF), row_bytes, x_at),
+                        size,
+                    )
+            else:
+                for j in range(rows):
+                    cp_async_16_unless_negative(
+                        u32((to ^ u32((j & 7) << 4)) + u32(first_row_bytes + u32(j * ATOM_BYTES))),
+                        mad_wide_u32(ids[j], row_bytes, x_at),
+                        u32(ids[j] | beyond),
+                    )
+
+        return load_ids, copy_batch
+
+    load_ids, copy_batch = make_copies(batch)
+    load_tail_ids, copy_tail = make_copies(tail_rows)
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_batch(to, first_row_bytes, ids, row_bytes, x_at, cut, room, beyond, column_chunk):
-        """Start the copies of a batch of a stage's rows, which begin so many bytes behind `to`."""
-        if has_idle_lanes:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
-            if column_chunk >= u32(chunks):
-                return
-        if cut:
-            for j in range(batch):
-                size = room if i32(ids[j]) >= i32(0) else u32(0)
-                cp_async_16(
-                    u32((to ^ u32((j & 7) << 4)) + u32(first_row_bytes + u32(j * ATOM_BYTES))),
-                    mad_wide_u32(ids[j] & u32(0x7FFFFFFF), row_bytes, x_at),
-                    size,
-                )
+    def bounds(column, x, n):
+        """(address, bytes, 0 or 2**31) of the chunk of x at a column: what of it there is, and whether it is none."""
+        room, beyond = u32(0), u32(0)
+        if column < n:
+            room = u32(u32(n - column) * u32(2))
+            if room > u32(16):
+                room = u32(16)
         else:
-            for j in range(batch):
-                cp_async_16_unless_negative(
-                    u32((to ^ u32((j & 7) << 4)) + u32(first_row_bytes + u32(j * ATOM_BYTES))),
-                    mad_wide_u32(ids[j], row_bytes, x_at),
-                    u32(ids[j] | beyond),
-                )
+            column, beyond = u32(0), u32(0x80000000)
+        return x + u64(column) * u64(2), room, beyond
 
     def produce(base, full, empty, ids_ring, tid, values, columns, queue, x, n, ldx):
         give_registers()
@@ -103,6 +122,15 @@ def make_producer(config: Config) -> Callable[..., Any]:
         # place of the first row's chunk; the swizzle of row j is an exclusive or of bits 4..6
         target = u32((column_chunk // u32(8)) * u32(tile_k * ATOM_BYTES) + first_row * u32(ATOM_BYTES)
                      + (((column_chunk & u32(7)) ^ (first_row & u32(7))) << u32(4)))  # fmt: skip
+        if tail_rows > 0:
+            tail_chunk = u32(row_lanes + lane % u32(tail_lanes))
+            tail_row = u32((lane // u32(tail_lanes)) * u32(tail_rows))
+            tail_ids_at = u32(ids_ring + tail_row * u32(4))
+            tail_row = u32(warp_row + tail_row)
+            tail_target = u32(u32(tail_atoms * tile_k * ATOM_BYTES) + tail_row * u32(ATOM_BYTES)
+                              + (((tail_chunk & u32(7)) ^ (tail_row & u32(7))) << u32(4)))  # fmt: skip
+            tail_ids = cuda.local.array(tail_rows, u32)
+            tail_x_at, tail_room, tail_beyond = x, u32(0), u32(0)
         row_bytes = u32(ldx * u64(2))
         ids = cuda.local.array(batch, u32)
         next_ids = cuda.local.array(batch, u32)
@@ -129,18 +157,13 @@ def make_producer(config: Config) -> Callable[..., Any]:
                     if count == u32(0):
                         break
                     w_at = values + (u64(entry[1]) + u64(step)) * u64(w_bytes)
-                    column = u32(entry[3] * u32(tile_n) + column_chunk * u32(8))
+                    column = u32(entry[3] * u32(tile_n))
                     # a column tile that n cuts inside a chunk copies by byte counts; elsewhere a chunk is whole, or
                     # beyond n and zeroed: letting it read column 0 instead doubled such a tile's time (H200, 2026-11)
                     cut = u32(entry[3] + u32(1)) * u32(tile_n) > n and (n & u32(7)) != u32(0)
-                    room, beyond = u32(0), u32(0)
-                    if column < n:
-                        room = u32(u32(n - column) * u32(2))
-                        if room > u32(16):
-                            room = u32(16)
-                    else:
-                        column, beyond = u32(0), u32(0x80000000)
-                    x_at = x + u64(column) * u64(2)
+                    x_at, room, beyond = bounds(u32(column + column_chunk * u32(8)), x, n)
+                    if tail_rows > 0:
+                        tail_x_at, tail_room, tail_beyond = bounds(u32(column + tail_chunk * u32(8)), x, n)
                     queue += turn_bytes
                     entry = ld_global_nc_v4(queue)
                 mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
@@ -154,25 +177,34 @@ def make_producer(config: Config) -> Callable[..., Any]:
                 # shared memory is read in order with the copies' issue, so the next ids are read before these copies:
                 # read after them, they wait for the whole queue to drain (400 clocks a stage; H200, 2026-11)
                 ids_now = u32(own_ids + slot)
+                if tail_rows > 0:
+                    tail_ids_now = u32(tail_ids_at + slot)
                 slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
                 if batches > 1:
                     load_ids(next_ids, u32(ids_now + u32(batch * 4)))
-                    copy_batch(to, u32(0), ids, row_bytes, x_at, cut, room, beyond, column_chunk)
+                    copy_batch(to, u32(0), ids, row_bytes, x_at, cut, room, beyond)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                 if batches > 2:
                     load_ids(next_ids, u32(ids_now + u32(2 * batch * 4)))
-                    copy_batch(to, u32(batch_bytes), ids, row_bytes, x_at, cut, room, beyond, column_chunk)
+                    copy_batch(to, u32(batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
                     for j in range(batch):
                         ids[j] = next_ids[j]
                     load_ids(next_ids, u32(ids_now + u32(3 * batch * 4)))
-                    copy_batch(to, u32(2 * batch_bytes), ids, row_bytes, x_at, cut, room, beyond, column_chunk)
+                    copy_batch(to, u32(2 * batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
                     for j in range(batch):
                         ids[j] = next_ids[j]
+                if tail_rows > 0:
+                    load_tail_ids(tail_ids, tail_ids_now)
+                    copy_batch(to, u32((batches - 1) * batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
                 wait_ids()
                 warp_sync()
                 load_ids(next_ids, u32(own_ids + slot))
-                copy_batch(to, u32((batches - 1) * batch_bytes), ids, row_bytes, x_at, cut, room, beyond, column_chunk)
+                if tail_rows > 0:
+                    copy_tail(u32(stage_at + tail_target), u32(0), tail_ids, row_bytes, tail_x_at, cut, tail_room,
+                              tail_beyond)  # fmt: skip
+                else:
+                    copy_batch(to, u32((batches - 1) * batch_bytes), ids, row_bytes, x_at, cut, room, beyond)
                 cp_async_mbarrier_arrive_noinc(full_at)
                 for j in range(batch):
                     ids[j] = next_ids[j]

@@ -62,7 +62,7 @@ STITCHED = [
     ("sm90 alternate", 16, 256, "float16"), ("sm90 alternate", 64, 128, "bfloat16"),
     ("sm90 alternate", 64, 64, "float16"), ("sm90", 32, 512, "bfloat16"),
     ("sm90 all", 128, 64, "bfloat16"), ("sm90 alternate all", 64, 128, "float16"),
-    ("sm90 all", 128, 192, "float16"), ("sm90", 128, 96, "bfloat16"), ("sm90 alternate", 64, 192, "bfloat16"),
+    ("sm90 all", 128, 160, "float16"), ("sm90", 128, 96, "bfloat16"), ("sm90 alternate", 64, 192, "bfloat16"),
 ]  # fmt: skip
 
 
