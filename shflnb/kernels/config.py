@@ -124,8 +124,8 @@ class Config:
         if self.tile_n == 512 and self.team < 2:
             raise ArgumentError("sm90: a stitched row of 512 tokens takes two warps: team >= 2")
         if self.tile_n not in (64, 96, 128, 160, 192, 256, 512) or self.tile_k == 16:
-            raise ArgumentError(f"sm90: tile_n = {self.tile_n}, tile_k = {self.tile_k}; expected 64, 96, 128, 160, 192, "
-                                "256 or 512, and 32 or 64")  # fmt: skip
+            raise ArgumentError(f"sm90: tile_n = {self.tile_n}, tile_k = {self.tile_k}; expected 64, 96, 128, 160, "
+                                "192, 256 or 512, and 32 or 64")  # fmt: skip
         if self.copies_per_stage % 4 or self.copies_per_stage == 0:
             raise ArgumentError(
                 f"sm90: tile {self.tile_n} x {self.tile_k} leaves {self.copies_per_stage} copies a thread; "

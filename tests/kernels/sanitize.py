@@ -50,7 +50,8 @@ def run_config(config: Any, number: int) -> list[str]:
     """A plain product and one with everything in the epilogue; n cuts a chunk, m a group, k a tile."""
     wrong = []
     rng = np.random.default_rng(number)
-    for m, k, n in ((config.v + 3, 70, 13), (2, 5, 8)):
+    n_cut = config.head_n + 13 if getattr(config, "tail_n", 0) else 13  # into the tails of rows that have one
+    for m, k, n in ((config.v + 3, 70, n_cut), (2, 5, 8)):
         packed = cases.random_packed(m, k, config.v, dtype=config.dtype, seed=number)
         x, residual, bias = (rng.standard_normal(s).astype(cases.DTYPES[config.dtype]) for s in ((k, n), (m, n), (m,)))
         y = device_matmul(packed, on_device(x), config=config)

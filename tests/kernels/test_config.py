@@ -81,7 +81,8 @@ def test_sizes_against_sums_written_out(config: Config) -> None:
         assert 128 * (producer * config.producers + 2 * consumer) <= launched
         assert config.accumulators <= 128
         producing = 32 * config.team
-        assert config.head_n in (64, 128, 256, 512) and config.head_n + config.tail_n == config.tile_n < 2 * config.head_n
+        assert config.head_n in (64, 128, 256, 512) and config.tile_n < 2 * config.head_n
+        assert config.head_n + config.tail_n == config.tile_n
         assert config.copies_per_stage * producing == config.tile_k * config.head_n // 8
         assert config.tail_copies * producing == config.tile_k * config.tail_n // 8, "no thread is idle"
         assert config.teams * config.team == 4 * config.producers
