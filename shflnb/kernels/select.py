@@ -8,7 +8,8 @@ multiprocessor, a launch and what device memory adds make the time. In those 495
 fastest candidate (0.3 % on average; within 10 % also on shapes left out of a fit), and predictions are 5 % off on
 average. v = 16 was not measured and gets what v = 32 gets. Consumers in turns at 64 and 128 tokens, and four warps to
 a stage of so many, came later, with 29 and 15 shapes on an H100 (2026-11-26 and 27), and tiles of 96, 160 and
-192 tokens with 16 shapes on an H200 (2026-11-28; within 7 % of the fastest, 0.5 % on average).
+192 tokens, and of 512 anew, with 35 on an H200 (2026-11-28; 96 cases: 0.4 % from the fastest on average, all but one
+within 6 %).
 """
 
 from __future__ import annotations
@@ -48,10 +49,12 @@ EPILOGUE_US_PER_KB = {"gelu": 0.03, "silu": 0.02}  # of results, beside the drai
 ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longer stands while a tile drains
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
 ALL_STITCH_US = 0.4  # all four warps at one stage: it is there sooner, and the next ones take longer, by (v, tile_n)
-ALL_STITCH_STAGE = {(128, 128): 1.16, (128, 64): 1.18, (64, 128): 1.18}
+ALL_STITCH_STAGE = {(128, 128): 1.16, (128, 64): 1.25, (64, 128): 1.18}
 TAIL_STAGE = {(128, 96): 1.04, (128, 160): 1.04, (64, 96): 1.16, (64, 160): 1.07, (64, 192): 1.07}
 """Time of a stage whose rows are copied in two pieces, by (v, tile_n)."""
-WIDE_STAGE = 0.9  # time of a stage of 512 tokens, since ptxas assembles it without spills (H100, 2026-11-26)
+WIDE_STAGE = {"NVIDIA H100": 0.9}
+"""Time of a stage of 512 tokens, by what a device's name begins with; 1 elsewhere. What they spare L2 counts on an H100
+(2026-11-26); on an H200 consumers in turns with 256 are up to 9 % faster, at its power limit 11 % (2026-11-28)."""
 US_PER_MB = 0.05  # of x, weights and result: what device memory adds; three quarters of its time are hidden
 SMALL_X_BYTES = 4e6  # of x, for which every order is as good
 REREAD_BYTES = 40e6  # of weights that may be read from device memory again for every 512 tokens (H100, 2026-11-26)
@@ -140,7 +143,7 @@ def candidates(v: int, dtype: str, capability: tuple[int, int]) -> list[Config]:
     return found
 
 
-def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
+def predict_us(problem: Problem, config: Config, sm_count: int, device_name: str = "") -> float:
     """Predicted device time in microseconds, from the constants above."""
     n_tiles = ceil_div(problem.n, config.tile_n)
     tiles = problem.groups * n_tiles
@@ -164,7 +167,7 @@ def predict_us(problem: Problem, config: Config, sm_count: int) -> float:
     if config.team == 4 and (config.v, config.tile_n) in ALL_STITCH_STAGE:
         launch, stage = launch - ALL_STITCH_US, stage * ALL_STITCH_STAGE[config.v, config.tile_n]
     if config.tile_n == 512:
-        stage *= WIDE_STAGE
+        stage *= next((share for name, share in WIDE_STAGE.items() if device_name.startswith(name)), 1.0)
     if config.tail_n:
         stage *= TAIL_STAGE.get((config.v, config.tile_n), 1.0)
     if config.alternate:
@@ -257,9 +260,10 @@ def choose(
         entry = table.get(table_key(problem))
         if entry is not None and only is None:
             config = Config(**{**entry, "dtype": problem.dtype, "epilogue": "plain"})
-            return Choice(config, source, predict_us(problem, config, sm_count))
+            return Choice(config, source, predict_us(problem, config, sm_count, device_name))
     pool = list(only) if only is not None else candidates(problem.v, problem.dtype, capability)
     if capability[0] == 9 and only is None:
         pool = [c for c in pool if c.kernel == "sm90"]
-    best = min(pool, key=lambda c: predict_us(problem, c, sm_count))
-    return Choice(best, "least predicted time", predict_us(problem, best, sm_count))
+    us = {config: predict_us(problem, config, sm_count, device_name) for config in pool}
+    best = min(pool, key=us.__getitem__)
+    return Choice(best, "least predicted time", us[best])

@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     pool = candidates(v, packed.dtype, context.capability)
                     pool = [c for c in pool if c.kernel == "sm90"] if context.capability[0] == 9 else pool
                     result = measure_candidates(packed, n, context, configs=pool)
-                    rule = choose(result.problem, context.capability, context.sm_count).config
+                    rule = choose(result.problem, context.capability, context.sm_count, context.name, only=pool).config
                     found.setdefault(result.key, []).append((result, rule))
                     measured += 1
     entries, gains = {}, {}
