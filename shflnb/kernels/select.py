@@ -50,11 +50,14 @@ ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longe
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
 ALL_STITCH_US = 0.4  # all four warps at one stage: it is there sooner, and the next ones take longer, by (v, tile_n)
 ALL_STITCH_STAGE = {(128, 128): 1.16, (128, 64): 1.25, (64, 128): 1.18}
-TAIL_STAGE = {(128, 96): 1.04, (128, 160): 1.04, (64, 96): 1.16, (64, 160): 1.07, (64, 192): 1.07}
+TAIL_STAGE = {(128, 96): 1.04, (128, 160): 1.10, (64, 96): 1.16, (64, 160): 1.07, (64, 192): 1.07}
 """Time of a stage whose rows are copied in two pieces, by (v, tile_n)."""
 WIDE_STAGE = {"NVIDIA H100": 0.9}
 """Time of a stage of 512 tokens, by what a device's name begins with; 1 elsewhere. What they spare L2 counts on an H100
 (2026-11-26); on an H200 consumers in turns with 256 are up to 9 % faster, at its power limit 11 % (2026-11-28)."""
+UNEQUAL, UNEQUAL_STAGE = 1.1, 1.07
+"""Where the longest group is so many times the mean one, time of a stage of 64 rows for consumers in turns: groups that
+do not walk x in step read it from L2 one by one, and tiles of 512 tokens read less (H200, 2026-11-28; 7 to 9 %)."""
 US_PER_MB = 0.05  # of x, weights and result: what device memory adds; three quarters of its time are hidden
 SMALL_X_BYTES = 4e6  # of x, for which every order is as good
 REREAD_BYTES = 40e6  # of weights that may be read from device memory again for every 512 tokens (H100, 2026-11-26)
@@ -172,6 +175,8 @@ def predict_us(problem: Problem, config: Config, sm_count: int, device_name: str
         stage *= TAIL_STAGE.get((config.v, config.tile_n), 1.0)
     if config.alternate:
         stage *= ALTERNATE_STAGE
+        if config.v == 64 and problem.longest * problem.groups > UNEQUAL * problem.columns:
+            stage *= UNEQUAL_STAGE
         busy = max(rounds * (stages * stage + ALTERNATE_DRAIN * drain), longest * stage) + drain
     else:
         busy = max(rounds * (stages * stage + drain), longest * stage + drain)
