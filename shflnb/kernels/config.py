@@ -215,7 +215,7 @@ class Config:
 
     @property
     def tail_copies(self) -> int:
-        """sm90: those for their tails; whole, since a head's are a multiple of four and no tail is less than a quarter."""
+        """sm90: those for their tails; whole, as a head's are a multiple of four and no tail is less than a quarter."""
         return self.tile_k * self.tail_n // 8 // (32 * self.team)
 
     @property

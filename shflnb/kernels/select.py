@@ -8,8 +8,7 @@ multiprocessor, a launch and what device memory adds make the time. In those 495
 fastest candidate (0.3 % on average; within 10 % also on shapes left out of a fit), and predictions are 5 % off on
 average. v = 16 was not measured and gets what v = 32 gets. Consumers in turns at 64 and 128 tokens, and four warps to
 a stage of so many, came later, with 29 and 15 shapes on an H100 (2026-11-26 and 27), and tiles of 96, 160 and
-192 tokens, and of 512 anew, with 35 on an H200 (2026-11-28; 96 cases: 0.4 % from the fastest on average, all but one
-within 6 %).
+192 tokens, and of 512 anew, with 35 on an H200 (2026-11-28; in 96 cases within 6 % of the fastest, 0.2 % on average).
 """
 
 from __future__ import annotations
@@ -48,7 +47,8 @@ DRAIN_US_PER_KB = 0.019  # of results
 EPILOGUE_US_PER_KB = {"gelu": 0.03, "silu": 0.02}  # of results, beside the drain (H100, 2026-11-26; silu: guessed)
 ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longer stands while a tile drains
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
-ALL_STITCH_US = 0.4  # all four warps at one stage: it is there sooner, and the next ones take longer, by (v, tile_n)
+BESIDE_US = 0.6  # of a launch: where the tiles need half of the SMs or less, the next kernel sets up on the others
+ALL_STITCH_US = 0.4  # not there: all four warps at a stage: it is there sooner, and the next ones take longer, by (v, tile_n)
 ALL_STITCH_STAGE = {(128, 128): 1.16, (128, 64): 1.25, (64, 128): 1.18}
 TAIL_STAGE = {(128, 96): 1.04, (128, 160): 1.10, (64, 96): 1.16, (64, 160): 1.07, (64, 192): 1.07}
 """Time of a stage whose rows are copied in two pieces, by (v, tile_n)."""
@@ -166,9 +166,12 @@ def predict_us(problem: Problem, config: Config, sm_count: int, device_name: str
     kib = 2 * config.v * min(problem.n, config.tile_n) / 1024
     drain = DRAIN_US + kib * (DRAIN_US_PER_KB + EPILOGUE_US_PER_KB.get(problem.epilogue, 0.0))
     rounds = max(1, ceil_div(tiles, slots))
-    launch = WGMMA_LAUNCH_US
+    launch, is_beside = WGMMA_LAUNCH_US, 2 * tiles <= slots
+    if is_beside:
+        launch -= BESIDE_US
     if config.team == 4 and (config.v, config.tile_n) in ALL_STITCH_STAGE:
-        launch, stage = launch - ALL_STITCH_US, stage * ALL_STITCH_STAGE[config.v, config.tile_n]
+        launch -= 0.0 if is_beside else ALL_STITCH_US
+        stage *= ALL_STITCH_STAGE[config.v, config.tile_n]
     if config.tile_n == 512:
         stage *= next((share for name, share in WIDE_STAGE.items() if device_name.startswith(name)), 1.0)
     if config.tail_n:
