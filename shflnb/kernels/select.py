@@ -48,10 +48,8 @@ EPILOGUE_US_PER_KB = {"gelu": 0.03, "silu": 0.02}  # of results, beside the drai
 ALTERNATE_STAGE = 0.91  # consumers in turns: time of a stage; the ring no longer stands while a tile drains
 ALTERNATE_DRAIN = 0.5  # of each drain is not behind the other consumer's products; after the last tile, all of it
 BESIDE_US = 0.6  # of a launch: where the tiles need half of the SMs or less, the next kernel sets up on the others
-ALL_STITCH_US = (
-    0.4  # elsewhere: all four warps at a stage have it there sooner, and the next ones later, by (v, tile_n)
-)
-ALL_STITCH_STAGE = {(128, 128): 1.16, (128, 64): 1.25, (64, 128): 1.18}
+ALL_STITCH_US = 0.4  # elsewhere: with all four warps at a stage, the first is there sooner
+ALL_STITCH_STAGE = {(128, 128): 1.16, (128, 64): 1.25, (64, 128): 1.18}  # and each takes longer, by (v, tile_n)
 TAIL_STAGE = {(128, 96): 1.04, (128, 160): 1.10, (64, 96): 1.16, (64, 160): 1.07, (64, 192): 1.07}
 """Time of a stage whose rows are copied in two pieces, by (v, tile_n)."""
 WIDE_STAGE = {"NVIDIA H100": 0.9}
