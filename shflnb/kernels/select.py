@@ -174,8 +174,7 @@ def predict_us(problem: Problem, config: Config, sm_count: int, device_name: str
         stage *= ALL_STITCH_STAGE[config.v, config.tile_n]
     if config.tile_n == 512:
         stage *= next((share for name, share in WIDE_STAGE.items() if device_name.startswith(name)), 1.0)
-    if config.tail_n:
-        stage *= TAIL_STAGE.get((config.v, config.tile_n), 1.0)
+    stage *= TAIL_STAGE.get((config.v, config.tile_n), 1.0)
     if config.alternate:
         stage *= ALTERNATE_STAGE
         if config.v == 64 and problem.longest * problem.groups > UNEQUAL * problem.columns:

@@ -243,9 +243,12 @@ def test_a_longest_group_counts_only_where_it_outlasts_the_rest() -> None:
     even = problem(4096, 4096, 4096)
     for config in candidates(64, "float16", (9, 0)):
         if config.kernel == "sm90":
-            assert predict_us(even, config, 132) == pytest.approx(
-                predict_us(replace(even, longest=even.longest + 512), config, 132), rel=0.1
-            )
+            us = predict_us(even, config, 132)
+            if config.alternate:  # what any unequal groups cost there
+                uneven = predict_us(replace(even, longest=even.longest + 128), config, 132)
+                assert 1 < uneven / us < 1.1, "7 % a stage, and half a stage for lengths that are no whole ones"
+                us = uneven
+            assert us == pytest.approx(predict_us(replace(even, longest=even.longest + 512), config, 132), rel=0.05)
             assert predict_us(replace(even, longest=4096 * 64), config, 132) > 2 * predict_us(even, config, 132)
 
 
