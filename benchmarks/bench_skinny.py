@@ -4,8 +4,8 @@
     python benchmarks/bench_skinny.py --full --out DIR      every layer, n, sparsity and v
     python benchmarks/bench_skinny.py --device cpu          a few small cases with the host's clock
 
-`F.linear`'s meaning, token-major x and result. Weights "rotated" through copies that exceed the L2 cache twice come
-from device memory, as in a model, where each product has the first of the next one's fetched into L2
+`F.linear`'s meaning, token-major x and result. Weights "rotated" through copies of eight times the L2 cache come from
+device memory, as in a model, where each product has the first of the next one's fetched into L2
 (`shflnb/kernels/skinny_ahead.py`); "warm" ones may be in L2. All copies are multiplied with one x, which is in L2 as in
 a model, where it has just been written. Dense is the better of `W @ X` and `F.linear`, timed in turns. GB/s counts the
 packed matrix once; its share of a copy that was measured in the same run stands beside it.
@@ -35,6 +35,8 @@ FIELDS = (
 )  # fmt: skip
 COLUMNS = (1, 2, 4, 8, 16, 32, 64)
 COPY_BYTES = 1 << 30
+ROTATION = 8
+"""Times the size of L2 that rotated weights have together, see `protocol.rotations`."""
 
 
 def bar_of(case: Case) -> float | None:
@@ -90,17 +92,18 @@ def time_group(
     """Check and time the cases that share a dense product; a line about it, and how many results were wrong."""
     first, device = cases[0], weights.device
     shape, dtype = first.shape, first.dtype
-    sets = (
-        rotations(shape.m * shape.k // 4, device) if first.inputs == "rotated" else 1
-    )  # float16 at 87.5 %, the smallest
-    dense_sets = rotations(shape.m * shape.k * 2, device) if first.inputs == "rotated" else 1
+
+    def sets_of(nbytes: int) -> int:
+        return rotations(nbytes, device, times=ROTATION) if first.inputs == "rotated" else 1
+
     x = random_tensor(shape.n, shape.k, dtype, device, 100)
     out = torch.empty(shape.n, shape.m, dtype=x.dtype, device=device)
-    subjects, _ = checked_dense(shape, dtype, [x.t().contiguous()] * dense_sets, "matmul", device)
+    subjects, _ = checked_dense(shape, dtype, [x.t().contiguous()] * sets_of(2 * shape.m * shape.k), "matmul", device)
     checked, wrong = [], 0
     for case in cases:
         packed = weights.packed(case)
-        calls = sparse_calls(case, packed, [x] * sets, [out] * sets)
+        copies = weights.copies(packed, sets_of(packed.nbytes))
+        calls = sparse_calls(case, copies, [x] * len(copies), [out] * len(copies))
         reference = x.float() @ weights.dense(packed).float().t()
         error, is_right = check(calls[0], reference, dtype, poison=out)
         if is_right:

@@ -70,6 +70,7 @@ class Weights:
         self.device = device
         self._packed: dict[tuple[Any, ...], ShflBWMatrix] = {}
         self._dense: dict[int, torch.Tensor] = {}
+        self._copies: dict[int, list[ShflBWMatrix]] = {}
 
     def dense(self, packed: ShflBWMatrix) -> torch.Tensor:
         """The dense equal of one of the matrices, on the device."""
@@ -87,10 +88,17 @@ class Weights:
             )
         return self._packed[key]
 
+    def copies(self, packed: ShflBWMatrix, count: int) -> list[ShflBWMatrix]:
+        """So many of the same matrix, the first of them itself; each has memory of its own on the device."""
+        found = self._copies.setdefault(id(packed), [packed])
+        found += [replace(packed) for _ in range(count - len(found))]
+        return found[:count]
 
-def sparse_calls(case: Case, packed: ShflBWMatrix, xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> list:
-    """Calls of the product, one for each set of operands; a set beyond the first has its own copy of the weights."""
-    copies = [packed, *(replace(packed) for _ in xs[1:])]
+
+def sparse_calls(
+    case: Case, copies: Sequence[ShflBWMatrix], xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
+) -> list:
+    """Calls of the product, one for each set of operands."""
     calls: list[Callable[[], torch.Tensor]] = []
     for one, x, out in zip(copies, xs, outs, strict=True):
         if case.op == "linear":
@@ -173,7 +181,7 @@ def time_group(
         if case.kernel == "sm80":
             calls = {f"{case}: {n}": c for n, c in sm80_calls(case, packed, xs[0], outs[0]).items()}
         else:
-            calls = {str(case): sparse_calls(case, packed, xs, outs)}
+            calls = {str(case): sparse_calls(case, weights.copies(packed, len(xs)), xs, outs)}
         for name, call in calls.items():
             error, is_right = check(call[0] if isinstance(call, list) else call, reference, dtype, poison=outs[0])
             checked.append((case, name, packed, error))
@@ -440,7 +448,7 @@ def test_spmm(benchmark, case):
     rows, cols = (shape.n, shape.k) if case.op == "linear" else (shape.k, shape.n)
     x = random_tensor(rows, cols, case.dtype, DEVICE, 100)
     out = torch.empty((shape.n, shape.m) if case.op == "linear" else (shape.m, shape.n), dtype=x.dtype, device=DEVICE)
-    (call,) = sparse_calls(case, packed, [x], [out])
+    (call,) = sparse_calls(case, [packed], [x], [out])
     x32 = x.float().t() if case.op == "linear" else x.float()
     reference = dense_of(packed, DEVICE).float() @ x32
     error, is_right = check(call, reference.t() if case.op == "linear" else reference, case.dtype, poison=out)

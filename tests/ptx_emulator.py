@@ -634,6 +634,8 @@ def _action(p: Program, s: Statement) -> Callable[[Warp, np.ndarray | None], Any
     if whole.startswith(("griddepcontrol", "fence", "setmaxnreg", "membar", "nanosleep")):
         return lambda w, m: None
     out, kind = p.write(s.args[0]), s.op[-1]
+    if name == "createpolicy":  # of a cache that is not emulated
+        return lambda w, m: out(w, m, np.zeros(LANES, np.uint64))
     if name in _BINARY:
         f, a, b = _BINARY[name], p.read(s.args[1], kind), p.read(s.args[2], kind)
         return lambda w, m: out(w, m, f(a(w), b(w)))

@@ -10,9 +10,10 @@ from numba.cuda import types
 
 from .ptx import f32, instruction, u32, u64
 
-__all__ = ["bulk_prefetch_l2", "cluster_arrive_relaxed", "cluster_wait", "grid_launch_dependents", "grid_wait",
-           "high_halves", "ld_global_l2_u16_if", "ld_global_u16_if", "ld_shared_u32", "ld_shared_v4_f32", "low_halves",
-           "nanosleep", "rank_address", "st_async_v4_f32", "st_shared_v4_f32"]  # fmt: skip
+__all__ = ["bulk_copy_g2s_hint", "bulk_prefetch_l2", "cluster_arrive_relaxed", "cluster_wait", "evict_first",
+           "grid_launch_dependents", "grid_wait", "high_halves", "ld_global_l2_u16_if", "ld_global_u16_if",
+           "ld_shared_u32", "ld_shared_v4_f32", "low_halves", "nanosleep", "rank_address", "st_async_v4_f32",
+           "st_shared_v4_f32"]  # fmt: skip
 
 # --- clusters --------------------------------------------------------------------------------------------------------
 cluster_arrive_relaxed = instruction(
@@ -53,6 +54,13 @@ ld_global_u16_if = instruction(
 ld_global_l2_u16_if = instruction(
     "As `ld_global_u16_if`, past L1.",
     _U16_IF.format("ld.global.cg.u16"), (u64, u32, u32, u32), "=r,l,r,r,r,~{memory}", u32)  # fmt: skip
+evict_first = instruction(
+    "L2 policy of data that are the first to leave.", "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", (), "=l",
+    u64)  # fmt: skip
+bulk_copy_g2s_hint = instruction(
+    "As `ptx.bulk_copy_g2s`, with an L2 policy.",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$0], [$1], $2, [$3], $4;",
+    (u32, u64, u32, u32, u64), "r,l,r,r,l,~{memory}")  # fmt: skip
 bulk_prefetch_l2 = instruction(
     "Fetch `bytes` (a multiple of 16, from a 16-byte boundary) from global memory into L2 with the copy engine.",
     "cp.async.bulk.prefetch.L2.global [$0], $1;", (u64, u32), "l,r,~{memory}")  # fmt: skip

@@ -6,7 +6,8 @@ The bytes of the weights are the cost, so a block is small (two to an SM: one st
 three things at once:
 
     last warp    copies packed weights, 64 kept columns a stage, as far ahead as the ring goes. It does not wait for the
-                 kernel before this one in the stream: weights are constants
+                 kernel before this one in the stream: weights are constants. They are the first to leave L2 again, so
+                 that x, results and what lies between them stay there
     4 or 8 more  stitch: each takes every so many-th stage and copies the rows of x its columns name, 16 bytes (8
                  tokens) a thread; x is small and stays in L2. Of token-major x, two columns a thread, value by value
     warps 0..3   multiply: D[64 tokens, v rows] += x.T @ W, whatever the number of tokens; rows of D for tokens that do
@@ -31,7 +32,6 @@ from numba.cuda import types
 
 from .config import CORE_BYTES, SWIZZLE_128B
 from .ptx import (
-    bulk_copy_g2s,
     cp_async_16,
     cp_async_16_unless_negative,
     cp_async_16_whole,
@@ -57,9 +57,11 @@ from .ptx import (
     wgmma_wait,
 )
 from .ptx_cluster import (
+    bulk_copy_g2s_hint,
     bulk_prefetch_l2,
     cluster_arrive_relaxed,
     cluster_wait,
+    evict_first,
     grid_launch_dependents,
     grid_wait,
     ld_global_u16_if,
@@ -151,7 +153,7 @@ def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
 
     @cuda.jit(device=True, forceinline=True)
     def stream_weights(base, full, empty, values, queue, step, equal, rank, flags):
-        stage, phase = u32(0), u32(1)
+        stage, phase, read_once = u32(0), u32(1), evict_first()
         pauses = u32(stages - 1) if flags & u64(PACED) else u32(0)
         entry, origin = read_record(queue, equal), own_origin(queue, values)
         while entry[2] > u32(0):
@@ -164,7 +166,8 @@ def make_stream_weights(config: SkinnyConfig) -> Callable[..., Any]:
                 mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
                 full_at = u32(full + stage * u32(8))
                 mbarrier_arrive_expect_tx(full_at, u32(w_bytes))
-                bulk_copy_g2s(u32(base + stage * u32(stage_bytes) + u32(x_bytes)), source, u32(w_bytes), full_at)
+                bulk_copy_g2s_hint(u32(base + stage * u32(stage_bytes) + u32(x_bytes)), source, u32(w_bytes), full_at,
+                                   read_once)  # fmt: skip
                 if pauses > u32(0):
                     pauses = u32(pauses - u32(1))
                     nanosleep(u32(pace_ns))
