@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
-__all__ = ["ACTIVATED", "BARRIER_BYTES", "EQUAL_TOKENS", "FIRST_PLACES", "FOURS", "MAX_N", "PACED", "PARTS_RANKS",
-           "TILE_K", "TURN_CHUNKS", "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig",
-           "choose_config", "config_of", "has_parts", "is_paced", "memory_us", "predict_us", "room_for",
-           "stores_directly", "takes_tokens", "without_clusters"]  # fmt: skip
+__all__ = ["ACTIVATED", "BARRIER_BYTES", "DEEP_STAGES", "EQUAL_LONG_TOKENS", "EQUAL_TOKENS", "FIRST_PLACES", "FOURS",
+           "MAX_N", "PACED", "PARTS_RANKS", "SHORT_TILES", "TILE_K", "TOKENS_STAGES_32", "TURNED_STAGES", "TURN_CHUNKS",
+           "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of",
+           "has_parts", "is_paced", "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens",
+           "without_clusters"]  # fmt: skip
 
 MAX_N = 64
 """Columns that the kernel has room for."""
@@ -33,6 +34,10 @@ START_US = 2.4
 
 FILLED = 0.9
 """Share of the multiprocessors that must have work before a group is not split further."""
+
+FILLED_TURNED = 0.7
+"""The same for blocks with 64 rows, alone on their multiprocessor, whose x was turned: 6144 x 4096, 75 %, 64 columns:
+8.3 us with a block to a group, on 96 multiprocessors, 9.5 with two (H200, 2026-11-28)."""
 
 TURN_THREADS = 64
 """Threads of a block of the kernels that turn; 128 are 2 to 3 % slower (H100, 2026-11-26)."""
@@ -62,15 +67,25 @@ FILL_NS, FILL_ALONE_NS = 2000, 500
 stitches token-major x. 14336 x 4096, 75 %, 32 columns: 12.5 us at full speed, 11.8 in 2000 ns, 12.0 in 4000; 4096 x
 4096, 75 %, 16 columns: 5.77 us at full speed, 5.45 in 500 ns, 5.50 in 2000, 6.9 in 3500 (H200, 2026-11-28)."""
 
-PACED_TOKENS, PACED_VALUES = 60, 4_000_000
+PACED_TOKENS, PACED_FEW_TOKENS, PACED_VALUES = 60, 30, 4_000_000
 """Tokens per share of kept columns from which a product that stitches token-major x is paced: what it reads of x is
-then no less than its weights. With up to 8 tokens only where more values are kept than the blocks' rings hold (4096 x
-14336, 87.5 %, 8 columns: 6.1 us in place of 6.3; 4096 x 4096: 3.9 in place of 3.6; H200, 2026-11-28)."""
+then no less than its weights. The second up to `EQUAL_TOKENS`, where weights are asked for sooner (14336 x 4096, 87.5
+%, 4 columns: 5.45 us in place of 5.9; H200, 2026-11-28). With up to 8 tokens only where more values are kept than the
+blocks' rings hold (4096 x 14336, 87.5 %, 8 columns: 6.1 us in place of 6.3; 4096 x 4096: 3.9 in place of 3.6; H200,
+2026-11-28)."""
 
-EQUAL_TOKENS = 2
+EQUAL_TOKENS, EQUAL_LONG_TOKENS = 4, 16
 """Columns up to which blocks compute their records where groups are equal, instead of reading them: their weights and
-ids are asked for sooner (4096 x 4096, 75 %, 1 column: 3.6 us in place of 3.9; H200, 2026-11-28). With more columns that
-is too soon: they hold up the last stages of the product before (8 columns: 5.0 us in place of 4.4)."""
+ids are asked for sooner (14336 x 4096, 87.5 %, 4 columns: 5.5 us in place of 6.1; H200, 2026-11-28). With more columns
+that is too soon: they hold up the last stages of the product before (4096 x 4096, 75 %, 16 columns: 6.0 us in place of
+5.3). The second for blocks alone on their multiprocessor with long groups (`SHORT_TILES`), where less depends on it
+(4096 x 14336, 75 %, 8 columns: 8.8 us in place of 8.9)."""
+
+FEW_TOKENS = 4
+"""Columns up to which a product that stitches token-major x waits for its weights: two blocks with 64 rows on a
+multiprocessor then have eight stages and as many stitching warps each (14336 x 4096, 75 %, 1 column: 7.4 us in place of
+7.9; 28672 x 4096: 14.5 in place of 14.9), and a short group is not shared where there are many (28672 x 4096, 87.5 %, 4
+columns: 8.5 us in place of 9.5; H200, 2026-11-28)."""
 
 PARTS_RANKS = 4
 """Most blocks of a cluster where a matrix has parts: they have few groups only if all of them are small."""
@@ -79,11 +94,11 @@ LONG_TILES = 48
 """k tiles of a group of 128 rows from which eight blocks share it, if they stitch token-major x: what each reads of x
 then stays in L1. Of smaller groups there are too many: only 15 clusters of eight find room at a time."""
 
-TOKENS_SMEM = {1: 112 * 1024, 2: 164 * 1024}
+TOKENS_SMEM = {1: 104 * 1024, 2: 164 * 1024}
 """Shared memory of a multiprocessor that one or two blocks which stitch token-major x may have: the rest is L1, which x
 is read through. A deeper ring is slower: 4096 x 14336, 75 %, 16 columns: 14.2 us with 20 stages, 12.3 with 11 (H100,
-2026-11-28); 87.5 %, 8 columns: 6.7 us with 11, 6.3 with nine (H200, 2026-11-28). L1 has what remains of the next larger
-of 132, 164 and 196 KiB."""
+2026-11-28); 10.2 with nine, 10.1 with eight (H200, 2026-11-28). L1 has what remains of the next larger of 100, 132, 164
+and 196 KiB."""
 
 TOKENS_SMEM_128 = 164 * 1024
 """The first of these for groups of 128 rows, whose stages are large."""
@@ -93,24 +108,33 @@ TOKENS_STAGES, TOKENS_STAGES_32 = 12, 8
 13.3 with 12 (H200, 2026-11-28). Alone on its multiprocessor it needs all 12 for the weights that are on their way."""
 
 MANY_32 = 2
-"""Groups of 32 rows for each multiprocessor from which two blocks share one: what they read of x then stays in L1."""
+"""Groups of 32 rows for each multiprocessor from which two blocks share one (what they read of x then stays in L1),
+from which a group is not shared with 17 columns or more, and from which eight stages are enough for up to 16."""
 
 SHORT_TILES = 24
-"""k tiles of a group below which two blocks share a multiprocessor with 17 to 32 columns of x that was turned, where
-there are groups for both: the ends of groups are then much of the time (14336 x 4096, 75 %: 11.8 us in place of 12.8;
-28672 x 4096, 50 %: 36.7 in place of 35.9; H200, 2026-11-28)."""
+"""k tiles of a group below which its end counts: it is then not shared for the sake of an even last round."""
 
-TURNED_STAGES = 10
-"""Stages of a block alone on its multiprocessor with 17 to 32 columns of x that was turned: with more of them, the next
-product's blocks find no room meanwhile."""
+TURNED_STAGES, DEEP_STAGES, DEEP_TILES = 10, 16, 27
+"""Stages of a block with 64 rows, alone on its multiprocessor, whose x was turned; up to 32 columns the second where
+each multiprocessor has at least so many k tiles (H200, 2026-11-28, 32 columns: 28672 x 4096, 75 %: 19.8 us with 10,
+18.8 with 16; 4096 x 14336, 87.5 %: 7.85 with 10, 8.3 with 16)."""
 
 TOKENS_SPREAD, FAR_SPREAD = {16: 25, 32: 100, 64: 256, 128: 256}, {16: 25, 32: 50, 64: 100, 128: 256}
-"""Tokens, up to 16 and by rows of a group, per share of kept columns up to which token-major x is stitched value by
-value: the fewer columns are kept, the fewer of a sector's values are; small groups read x more often. The second where
-x has more than `FAR_X` values, or groups of 32 rows more than `FAR_KEPT` in all. 16 columns: 4096 x 14336, 87.5 %, 64
-rows: 8.0 us, turned 7.7; 75 %, 32 rows: 12.9, turned 11.0 (H200, 2026-11-28)."""
+"""Tokens, by rows of a group, per share of kept columns up to which token-major x is stitched value by value: the fewer
+columns are kept, the fewer of a sector's values are; small groups read x more often. The second where x has more than
+`FAR_X` values, or groups of 32 rows more than `FAR_KEPT` in all. From nine tokens in groups of 64 rows and more
+`READ_X` decides."""
 
 FAR_X, FAR_KEPT = 150_000, 5_000_000
+
+READ_X = {64: 40_000_000, 128: 25_000_000}
+"""Values of x, by rows of a group, per share of kept columns that all groups may read together, so that nine to 16
+tokens are stitched, and not turned before. H200, 2026-11-28, 16 tokens: 6144 x 4096, 75 %: 6.45 us, turned 6.9; 87.5 %:
+5.8, turned 5.5; 14336 x 4096, 50 %: 17.8, turned 18.1; 75 %: 11.2, turned 10.4."""
+
+READ_X_TURNED = 3
+"""So many times more where the result is turned in any case, if x stays in L1 (`X_VALUES`): 28672 x 4096, 75 %: 17.6
+us, turned 18.0; 87.5 %: 11.7, turned 11.3."""
 
 WIDE_VALUES = 3_000_000
 """Kept values up to which token-major x of 17 to 32 tokens is stitched, too, in groups of 64 rows: two launches
@@ -262,23 +286,21 @@ def room_for(n: int) -> int:
 
 def config_of(
     v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int, *, token_major: bool = False, parts: bool = False,
-    stitchers: int = 4,
+    stitchers: int = 4, stages: int = 20,
 ) -> SkinnyConfig:  # fmt: skip
-    """The kernel for n columns and this many ranks, with as many stages as fit, or as many as are good."""
+    """The kernel for n columns and this many ranks, with as many stages as fit, or as are good; at most `stages`."""
     base = SkinnyConfig(v, room_for(n) // 8, ranks, stitchers, dtype, blocks_per_sm=1, token_major=token_major,
                         parts=parts, stitchers=stitchers)  # fmt: skip
     rest = base.smem_bytes - base.stages * base.stage_bytes
-    stages = min(20, (_smem_room(blocks_per_sm) - rest) // base.stage_bytes)
+    most = min(stages, (_smem_room(blocks_per_sm) - rest) // base.stage_bytes)
     if token_major:
         smem = TOKENS_SMEM_128 if v == 128 and blocks_per_sm == 1 else TOKENS_SMEM[blocks_per_sm]
         beside = (smem // blocks_per_sm - 1024 - rest) // base.stage_bytes
-        most = TOKENS_STAGES_32 if v == 32 and blocks_per_sm == 2 else TOKENS_STAGES
-        stages = min(stages, most, max(beside, stitchers))
-    elif v == 32 and room_for(n) == 16:
-        stages = min(stages, TOKENS_STAGES)
-    elif blocks_per_sm == 1 and room_for(n) == 32:
-        stages = min(stages, TURNED_STAGES)
-    return replace(base, stages=stages, blocks_per_sm=blocks_per_sm)
+        good = TOKENS_STAGES_32 if v == 32 and blocks_per_sm == 2 else TOKENS_STAGES
+        most = min(most, good, max(beside, stitchers))
+    elif v == 32:
+        most = min(most, TOKENS_STAGES)
+    return replace(base, stages=most, blocks_per_sm=blocks_per_sm)
 
 
 def choose_config(
@@ -287,43 +309,93 @@ def choose_config(
 ) -> SkinnyConfig:  # fmt: skip
     """The kernel for a packed matrix of so many groups and k tiles in all, on a device of so many multiprocessors.
 
-    By measurement over layers of language models at 50 to 94 % (H200, 2026-11-22 and 28; H100, 2026-11-26 to 28):
-    every multiprocessor needs about a group of 64 rows; with up to 32 columns and 16 tiles a group (8 of token-major
-    x), two ranks are a few percent better than one (their blocks end closer to each other), and with token-major x and
-    long groups of 128 rows eight. Two blocks share an SM unless a stage is large, or there is one for each anyway, or
-    17 to 32 columns are turned and groups are long, or a few groups of 32 rows read token-major x: a block alone
-    stitches that with eight warps. With `parts` there are fewer kernels to choose from, so that there are fewer to
-    compile and check.
+    By measurement over layers of language models at 50 to 94 % (H200, 2026-11-22 and 28; H100, 2026-11-26 to 28). Every
+    multiprocessor needs about a group of 64 rows, or a share of one. With `parts` there are fewer kernels to choose
+    from, so that there are fewer to compile and check.
     """
-    work, room = groups * v / 64, room_for(n)
-    ranks = next((r for r in (1, 2, 4) if r * work >= FILLED * sm_count), 8)
-    if ranks == 1 and room <= 32 and tiles >= (8 if token_major else 16) * groups:
+    choose = _choose_stitching if token_major else _choose_turned if v in (32, 64) and not parts else _choose_plain
+    ranks, blocks, stages = choose(v, n, groups, tiles, sm_count, parts)
+    ranks = min(ranks, v // 8)
+    is_swift = v == 64 and n <= FEW_TOKENS and ranks <= 2 and not parts
+    return config_of(v, n, ranks, dtype, blocks, token_major=token_major, parts=parts,
+                     stitchers=8 if token_major and (blocks == 1 or is_swift) else 4, stages=stages)  # fmt: skip
+
+
+def _ranks_that_fill(share: float, work: float, sm_count: int) -> int:
+    """Ranks so that this share of the multiprocessors has work, which is so many blocks where groups are not shared."""
+    return next((r for r in (1, 2, 4) if r * work >= share * sm_count), 8)
+
+
+def _choose_plain(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
+    """(ranks, blocks on a multiprocessor, most stages) where nothing else holds.
+
+    With up to 32 columns and 16 tiles a group, two ranks are a few percent better than one: their blocks end closer to
+    each other.
+    """
+    work = groups * v / 64
+    ranks = _ranks_that_fill(FILLED, work, sm_count)
+    if ranks == 1 and n <= 32 and tiles >= 16 * groups:
         ranks = 2
-    if token_major and v == 128 and tiles >= LONG_TILES * groups:
+    is_alone = v == 128 or (n > 32 and ranks * work < 2 * FILLED * sm_count and not parts)
+    return min(ranks, PARTS_RANKS if parts else 8), 1 if is_alone else 2, 20
+
+
+def _choose_turned(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
+    """The same for groups of 32 and 64 rows of feature-major x, or of x that was turned.
+
+    A block with 64 rows has its multiprocessor alone. With 32 rows two share one, but for 33 columns and more of a few
+    groups.
+    """
+    room, is_many = room_for(n), groups >= MANY_32 * sm_count
+    if v == 64:
+        ranks = _ranks_that_fill(FILLED_TURNED, groups, sm_count)
+        if ranks == 1 and room == 32 and tiles >= SHORT_TILES * groups:
+            ranks = 2 if _evenness(groups, sm_count // 2) > _evenness(groups, sm_count) + 0.1 else 1
+        is_deep = room <= 32 and ranks <= 2 and tiles >= DEEP_TILES * sm_count
+        return ranks, 1, DEEP_STAGES if is_deep else TURNED_STAGES
+    if room == 64:
+        return _ranks_that_fill(FILLED, groups, sm_count), 2 if is_many else 1, 20
+    ranks = max(2, _ranks_that_fill(FILLED, groups / 2, sm_count))
+    if room == 32 and is_many:
+        ranks = 1
+    return ranks, 2, TOKENS_STAGES_32 if room == 16 and is_many else 20
+
+
+def _evenness(groups: int, clusters: int) -> float:
+    """Share of the rounds of so many clusters at a time that groups fill."""
+    return groups / (clusters * -(-groups // clusters))
+
+
+def _choose_stitching(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
+    """The same for kernels that stitch token-major x.
+
+    Long groups of 128 rows have eight ranks. Two blocks share a multiprocessor unless a stage is large, or there is one
+    for each anyway, or there are a few groups of 32 rows, or more than 16 columns.
+    """
+    ranks = _ranks_that_fill(FILLED, groups * v / 64, sm_count)
+    is_whole = v == 64 and n <= FEW_TOKENS and tiles < 16 * groups and groups >= 1.5 * sm_count and not parts
+    if ranks == 1 and tiles >= 8 * groups and not is_whole:
+        ranks = 2
+    if v == 128 and tiles >= LONG_TILES * groups:
         ranks = 8
-    elif token_major and room == 32:
+    elif n > 16:
         ranks = 2 if ranks <= 2 else 8
-    elif token_major:  # two k tiles for each
+    else:  # two k tiles for each
         ranks = next((r for r in (8, 4, 2) if r <= ranks and 2 * r * groups <= tiles), 1)
     ranks = min(ranks, v // 8, PARTS_RANKS if parts else 8)
-    is_wide = v == 128 or (room == 64 and ranks * work < 2 * FILLED * sm_count and not parts)
-    if token_major:
-        few = {32: MANY_32 * sm_count, 64: sm_count / 2}
-        is_alone = ranks == 2 and groups <= few.get(v, 0)
-        is_wide = is_wide or (not parts and (is_alone or room == 32))
-    elif v == 64 and room == 32 and ranks <= 2 and not parts:
-        is_wide = groups < sm_count or tiles >= SHORT_TILES * groups
-    return config_of(v, n, ranks, dtype, 1 if is_wide else 2, token_major=token_major, parts=parts,
-                     stitchers=8 if token_major and is_wide else 4)  # fmt: skip
+    few = {32: MANY_32 * sm_count, 64: sm_count / 2}
+    is_alone = v == 128 or (not parts and (n > 16 or (ranks == 2 and groups <= few.get(v, 0))))
+    return ranks, 1 if is_alone else 2, 20
 
 
 def without_clusters(config: SkinnyConfig) -> SkinnyConfig:
     """The kernel that takes the place of another where a device has no room for clusters, as a part of one may."""
     blocks, stitchers, n = config.blocks_per_sm, config.stitchers, 8 * config.chunks
+    stages = config.stages if config.v == 64 and blocks == 1 else 20
     if config.token_major and config.v < 128 and n == 16:
         blocks, stitchers = 2, 4
     alone = config_of(config.v, n, 1, config.dtype, blocks, token_major=config.token_major, parts=config.parts,
-                      stitchers=stitchers)  # fmt: skip
+                      stitchers=stitchers, stages=stages)  # fmt: skip
     return alone.with_epilogue(config.epilogue)
 
 
@@ -343,13 +415,17 @@ def takes_tokens(m: int, k: int, n: int, v: int, density: float) -> bool:
         return n <= 32 and v == 64 and 0 < m * k * density <= WIDE_VALUES
     is_long = v == 128 and k * density >= LONG_TILES * TILE_K
     fits = k * n <= (X_VALUES_LONG if is_long else X_VALUES)
+    if n > 8 and v >= 64 and not is_long:
+        is_turned_in_any_case = fits and not stores_directly(m, n, stitches=True)
+        return m * k * n <= READ_X[v] * v * density * (READ_X_TURNED if is_turned_in_any_case else 1)
     is_far = k * n > FAR_X or (v == 32 and m * k * density > FAR_KEPT)
     return (m <= MANY_ROWS or fits) and n <= (FAR_SPREAD if is_far else TOKENS_SPREAD)[v] * density
 
 
 def is_paced(m: int, k: int, n: int, density: float) -> bool:
     """Whether a product that stitches token-major x asks for its first weights slowly (`PACED`)."""
-    return n >= PACED_TOKENS * density and (n > 8 or m * k * density >= PACED_VALUES)
+    tokens = PACED_FEW_TOKENS if n <= EQUAL_TOKENS else PACED_TOKENS
+    return n >= tokens * density and (n > 8 or m * k * density >= PACED_VALUES)
 
 
 def stores_directly(m: int, n: int, *, parts: bool = False, stitches: bool = False) -> bool:

@@ -13,9 +13,11 @@ from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
 from .skinny_ahead import Successor, ahead_table, following
 from .skinny_config import (
+    EQUAL_LONG_TOKENS,
     EQUAL_TOKENS,
     FOURS,
     PACED,
+    SHORT_TILES,
     TILE_K,
     TURN_IN_FEATURES,
     TURN_OUT_FEATURES,
@@ -47,6 +49,8 @@ class SkinnyPlan:
     """Address and spans of the table of what its blocks read first."""
     equal: int = 0
     """What `equal_groups` says of its groups."""
+    equal_tokens: int = 0
+    """Columns up to which its blocks compute their records by it."""
     density: float = 1.0
     """Kept share of the columns of its groups."""
     successor: Successor = field(default_factory=Successor, compare=False)
@@ -164,8 +168,9 @@ def skinny_plan(
         head = values, columns, queue.addresses[0], rows
         ahead = queue.addresses[1], spans
         equal = equal_groups(weights.first, weights.counts)
+        is_long = config.blocks_per_sm == 1 and weights.counts.sum() >= SHORT_TILES * groups
         plan = SkinnyPlan(config, kernel, launch_config, head, (weights.memory, queue), ahead, equal,
-                          problem_of(packed, 1).density)  # fmt: skip
+                          EQUAL_LONG_TOKENS if is_long else EQUAL_TOKENS, problem_of(packed, 1).density)  # fmt: skip
         keep(packed, key, plan)
     return plan
 
@@ -232,7 +237,7 @@ def launch_skinny(
     plan, to = road.plan, work[1] if road.turn_out is not None else out
     after = following(plan, road.context, stream, is_turned=road.turn_in is not None)
     launch(stream, plan.launch_config, plan.kernel, *plan.head, x, to, bias, residual, n, road.ldx, road.ot, road.of,
-           road.rt, road.rf, road.flags | pace, plan.equal if n <= EQUAL_TOKENS else 0,
+           road.rt, road.rf, road.flags | pace, plan.equal if n <= plan.equal_tokens else 0,
            *((0, 0) if after is None else after.ahead))  # fmt: skip
     if road.turn_out is not None:
         turn, turn_config, token_stride, aligned = road.turn_out

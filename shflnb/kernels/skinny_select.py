@@ -13,7 +13,18 @@ from typing import Any
 from .config import Problem
 from .remembered import FEW
 from .select import table_key
-from .skinny_config import PARTS_RANKS, SkinnyConfig, choose_config, config_of, has_parts, room_for, takes_tokens
+from .skinny_config import (
+    DEEP_STAGES,
+    PARTS_RANKS,
+    TOKENS_STAGES_32,
+    TURNED_STAGES,
+    SkinnyConfig,
+    choose_config,
+    config_of,
+    has_parts,
+    room_for,
+    takes_tokens,
+)
 
 __all__ = ["LAYOUTS", "FewChoice", "choose_few", "few_candidates", "few_key", "fits_few", "parts_candidates"]
 
@@ -38,16 +49,20 @@ def few_candidates(v: int, n: int, dtype: str, layout: str = "token") -> list[Sk
     """Every kernel for groups of v rows and n columns (16, 32 or 64 have room) that x of this layout may take."""
     tokens, found = room_for(n), []
     for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
-        blocks: tuple[int, ...] = (1,) if v == 128 else (2,)
-        if v < 128 and tokens == 64:
-            blocks = (2, 1) if ranks == 1 else (1,)
-        elif v == 64 and tokens == 32 and ranks <= 2:
-            blocks = (2, 1)
-        found += [config_of(v, tokens, ranks, dtype, b) for b in blocks]
+        if v == 64:
+            stages = [TURNED_STAGES] + [DEEP_STAGES] * (tokens <= 32 and ranks <= 2)
+            found += [config_of(v, tokens, ranks, dtype, 1, stages=most) for most in stages]
+        else:
+            blocks = [2] * (v < 128 and (tokens < 64 or ranks == 1)) + [1] * (v == 128 or tokens == 64)
+            found += [config_of(v, tokens, ranks, dtype, b) for b in blocks]
+            if (v, tokens, ranks) == (32, 16, 2):
+                found.append(config_of(v, tokens, ranks, dtype, 2, stages=TOKENS_STAGES_32))
         if layout == "feature" or tokens == 64:
             continue
         if tokens == 16 and v < 128:
             found.append(config_of(v, tokens, ranks, dtype, 2, token_major=True))
+            if v == 64 and ranks <= 2:
+                found.append(config_of(v, tokens, ranks, dtype, 2, token_major=True, stitchers=8))
         if ranks in ALONE.get((v, tokens), ()):
             found.append(config_of(v, tokens, ranks, dtype, 1, token_major=True, stitchers=8))
     return found
