@@ -35,9 +35,14 @@ START_US = 2.4
 FILLED = 0.9
 """Share of the multiprocessors that must have work before a group is not split further."""
 
-FILLED_TURNED = 0.7
+FILLED_TURNED, FILLED_SHORT = 0.7, 0.45
 """The same for blocks with 64 rows, alone on their multiprocessor, whose x was turned: 6144 x 4096, 75 %, 64 columns:
-8.3 us with a block to a group, on 96 multiprocessors, 9.5 with two (H200, 2026-11-28)."""
+8.3 us with a block to a group, on 96 multiprocessors, 9.5 with two; of feature-major x with 33 columns and more, and
+the second where groups are short (`SHORT_TILES`): 4096 x 4096, 75 %: 4.8 us on 64, 5.1 with two (H200, 2026-11-28)."""
+
+MANY_64 = 1.5
+"""Groups of 64 rows for each multiprocessor from which two blocks share one with 33 columns and more of feature-major x
+(14336 x 4096, 75 %: 9.4 us, alone 10.2), and from which short groups are not shared (`FEW_TOKENS`)."""
 
 TURN_THREADS = 64
 """Threads of a block of the kernels that turn; 128 are 2 to 3 % slower (H100, 2026-11-26)."""
@@ -112,11 +117,13 @@ MANY_32 = 2
 from which a group is not shared with 17 columns or more, and from which eight stages are enough for up to 16."""
 
 SHORT_TILES = 24
-"""k tiles of a group below which its end counts: it is then not shared for the sake of an even last round."""
+"""k tiles of a group below which its end counts: it is then not shared for the sake of an even last round. Few groups
+that are longer have blocks alone on their multiprocessor also with feature-major x (4096 x 14336, 75 %, 16 columns:
+8.2 us, two blocks 9.5; H200, 2026-11-28)."""
 
 TURNED_STAGES, DEEP_STAGES, DEEP_TILES = 10, 16, 27
-"""Stages of a block with 64 rows, alone on its multiprocessor, whose x was turned; up to 32 columns the second where
-each multiprocessor has at least so many k tiles (H200, 2026-11-28, 32 columns: 28672 x 4096, 75 %: 19.8 us with 10,
+"""Stages of a block with 64 rows, alone on its multiprocessor; up to 32 columns of turned x the second where each
+multiprocessor has at least so many k tiles (H200, 2026-11-28, 32 columns: 28672 x 4096, 75 %: 19.8 us with 10,
 18.8 with 16; 4096 x 14336, 87.5 %: 7.85 with 10, 8.3 with 16)."""
 
 TOKENS_SPREAD, FAR_SPREAD = {16: 25, 32: 100, 64: 256, 128: 256}, {16: 25, 32: 50, 64: 100, 128: 256}
@@ -305,15 +312,23 @@ def config_of(
 
 def choose_config(
     v: int, n: int, groups: int, tiles: int, dtype: str, sm_count: int, *, token_major: bool = False,
-    parts: bool = False,
+    is_turned: bool = False, parts: bool = False,
 ) -> SkinnyConfig:  # fmt: skip
     """The kernel for a packed matrix of so many groups and k tiles in all, on a device of so many multiprocessors.
+
+    `token_major`: it stitches token-major x; `is_turned`: token-major x is turned before. Else x is feature-major, and
+    nothing stands between two products but the end of one and the start of the next.
 
     By measurement over layers of language models at 50 to 94 % (H200, 2026-11-22 and 28; H100, 2026-11-26 to 28). Every
     multiprocessor needs about a group of 64 rows, or a share of one. With `parts` there are fewer kernels to choose
     from, so that there are fewer to compile and check.
     """
-    choose = _choose_stitching if token_major else _choose_turned if v in (32, 64) and not parts else _choose_plain
+    if token_major:
+        choose = _choose_stitching
+    elif is_turned and v in (32, 64) and not parts:
+        choose = _choose_turned
+    else:
+        choose = _choose_plain if v != 64 or parts else _choose_feature
     ranks, blocks, stages = choose(v, n, groups, tiles, sm_count, parts)
     ranks = min(ranks, v // 8)
     is_swift = v == 64 and n <= FEW_TOKENS and ranks <= 2 and not parts
@@ -340,18 +355,36 @@ def _choose_plain(v: int, n: int, groups: int, tiles: int, sm_count: int, parts:
     return min(ranks, PARTS_RANKS if parts else 8), 1 if is_alone else 2, 20
 
 
-def _choose_turned(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
-    """The same for groups of 32 and 64 rows of feature-major x, or of x that was turned.
+def _choose_feature(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
+    """The same for groups of 64 rows of feature-major x: two blocks share a multiprocessor where there is work for both.
 
-    A block with 64 rows has its multiprocessor alone. With 32 rows two share one, but for 33 columns and more of a few
-    groups.
+    The next product's first block finds room beside one of them.
+    """
+    room, is_long = room_for(n), tiles >= SHORT_TILES * groups
+    if room == 64:
+        share = FILLED_TURNED if is_long else FILLED_SHORT
+        is_shared = groups >= MANY_64 * sm_count
+        return (1, 2, 20) if is_shared else (_ranks_that_fill(share, groups, sm_count), 1, TURNED_STAGES)
+    ranks, blocks, stages = _choose_plain(v, n, groups, tiles, sm_count, parts)
+    if ranks == 2 and is_long and groups < (sm_count if room == 32 else sm_count / 2):
+        return ranks, 1, TURNED_STAGES
+    return ranks, blocks, stages
+
+
+def _choose_turned(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
+    """The same for groups of 32 and 64 rows of x that was turned.
+
+    A block with 64 rows has its multiprocessor alone, if no more than two share a group. With 32 rows two share one,
+    but for 33 columns and more of a few groups.
     """
     room, is_many = room_for(n), groups >= MANY_32 * sm_count
     if v == 64:
         ranks = _ranks_that_fill(FILLED_TURNED, groups, sm_count)
         if ranks == 1 and room == 32 and tiles >= SHORT_TILES * groups:
             ranks = 2 if _evenness(groups, sm_count // 2) > _evenness(groups, sm_count) + 0.1 else 1
-        is_deep = room <= 32 and ranks <= 2 and tiles >= DEEP_TILES * sm_count
+        if ranks > 2 and room <= 32:
+            return ranks, 2, 20
+        is_deep = room <= 32 and tiles >= DEEP_TILES * sm_count
         return ranks, 1, DEEP_STAGES if is_deep else TURNED_STAGES
     if room == 64:
         return _ranks_that_fill(FILLED, groups, sm_count), 2 if is_many else 1, 20
@@ -373,7 +406,7 @@ def _choose_stitching(v: int, n: int, groups: int, tiles: int, sm_count: int, pa
     for each anyway, or there are a few groups of 32 rows, or more than 16 columns.
     """
     ranks = _ranks_that_fill(FILLED, groups * v / 64, sm_count)
-    is_whole = v == 64 and n <= FEW_TOKENS and tiles < 16 * groups and groups >= 1.5 * sm_count and not parts
+    is_whole = v == 64 and n <= FEW_TOKENS and tiles < 16 * groups and groups >= MANY_64 * sm_count and not parts
     if ranks == 1 and tiles >= 8 * groups and not is_whole:
         ranks = 2
     if v == 128 and tiles >= LONG_TILES * groups:

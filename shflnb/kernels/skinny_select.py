@@ -49,14 +49,14 @@ def few_candidates(v: int, n: int, dtype: str, layout: str = "token") -> list[Sk
     """Every kernel for groups of v rows and n columns (16, 32 or 64 have room) that x of this layout may take."""
     tokens, found = room_for(n), []
     for ranks in (r for r in (1, 2, 4, 8) if r <= v // 8):
-        if v == 64:
-            stages = [TURNED_STAGES] + [DEEP_STAGES] * (tokens <= 32 and ranks <= 2)
-            found += [config_of(v, tokens, ranks, dtype, 1, stages=most) for most in stages]
-        else:
-            blocks = [2] * (v < 128 and (tokens < 64 or ranks == 1)) + [1] * (v == 128 or tokens == 64)
-            found += [config_of(v, tokens, ranks, dtype, b) for b in blocks]
-            if (v, tokens, ranks) == (32, 16, 2):
-                found.append(config_of(v, tokens, ranks, dtype, 2, stages=TOKENS_STAGES_32))
+        if v < 128 and (tokens < 64 or ranks == 1):
+            found.append(config_of(v, tokens, ranks, dtype, 2))
+        if v == 128 or tokens == 64:
+            found.append(config_of(v, tokens, ranks, dtype, 1, stages=TURNED_STAGES if v == 64 else 20))
+        elif v == 64 and ranks <= 2:
+            found += [config_of(v, tokens, ranks, dtype, 1, stages=stages) for stages in (TURNED_STAGES, DEEP_STAGES)]
+        if (v, tokens, ranks) == (32, 16, 2):
+            found.append(config_of(v, tokens, ranks, dtype, 2, stages=TOKENS_STAGES_32))
         if layout == "feature" or tokens == 64:
             continue
         if tokens == 16 and v < 128:
@@ -115,5 +115,5 @@ def choose_few(
             return FewChoice(config, "tuned here")
     token_major = layout == "token" and takes_tokens(problem.m, problem.k, problem.n, problem.v, problem.density)
     config = choose_config(problem.v, problem.n, problem.groups, tiles, problem.dtype, sm_count,
-                           token_major=token_major)  # fmt: skip
+                           token_major=token_major, is_turned=layout == "token" and not token_major)  # fmt: skip
     return FewChoice(config, "the rule")

@@ -79,9 +79,11 @@ def test_every_choice_is_a_kernel_that_the_registry_knows() -> None:
         for n, token_major in ((1, True), (16, True), (16, False), (17, v == 64), (32, False), (64, False)):
             for groups, tiles in ((1, 1), (1, 99), (16, 256), (16, 896), (32, 3584), (64, 256), (64, 3584), (64, 7168),
                                   (96, 1536), (448, 7168), (448, 3584)):  # fmt: skip
-                config = choose_config(v, n, groups, tiles, "bfloat16", 132, token_major=token_major)
-                assert config.dtype == "bfloat16" and config.token_major == token_major
-                assert kernel_spec(config).key in known
+                for is_turned in (False, not token_major):
+                    config = choose_config(v, n, groups, tiles, "bfloat16", 132, token_major=token_major,
+                                           is_turned=is_turned)  # fmt: skip
+                    assert config.dtype == "bfloat16" and config.token_major == token_major
+                    assert kernel_spec(config).key in known
 
 
 def test_without_clusters_there_is_a_kernel_of_one_rank_for_the_same_call() -> None:
@@ -110,15 +112,32 @@ def test_without_clusters_there_is_a_kernel_of_one_rank_for_the_same_call() -> N
 )  # fmt: skip
 def test_the_choice_on_measured_layers(m: int, k: int, v: int, n: int, ranks: int, blocks: int, stages: int) -> None:
     groups = m // v
-    config = choose_config(v, n, groups, groups * (k // 4 // 64), "float16", 132)
+    config = choose_config(v, n, groups, groups * (k // 4 // 64), "float16", 132, is_turned=True)
     assert (config.ranks, config.blocks_per_sm, config.stages) == (ranks, blocks, stages)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "v", "n", "ranks", "blocks"),
+    [
+        # the same of feature-major x, within 5 %
+        (28672, 4096, 64, 16, 2, 2), (28672, 4096, 64, 32, 2, 2), (28672, 4096, 64, 64, 1, 2),
+        (14336, 4096, 64, 8, 2, 2), (14336, 4096, 64, 32, 2, 2), (14336, 4096, 64, 64, 1, 2),
+        (4096, 14336, 64, 8, 2, 1), (4096, 14336, 64, 32, 2, 1), (4096, 14336, 64, 64, 2, 1),
+        (4096, 4096, 64, 16, 2, 2), (4096, 4096, 64, 32, 2, 2), (4096, 4096, 64, 64, 1, 1),
+        (1024, 4096, 64, 8, 8, 2), (4096, 14336, 32, 16, 2, 2), (28672, 4096, 32, 64, 1, 2),
+    ],
+)  # fmt: skip
+def test_the_choice_for_feature_major_x(m: int, k: int, v: int, n: int, ranks: int, blocks: int) -> None:
+    groups = m // v
+    config = choose_config(v, n, groups, groups * (k // 4 // 64), "float16", 132)
+    assert (config.ranks, config.blocks_per_sm) == (ranks, blocks)
 
 
 def test_two_ranks_fill_the_last_round_of_long_groups() -> None:
     """448 groups are 3.4 rounds of 132 blocks, or 6.8 of 66 pairs; shorter groups would not repay the exchange."""
     for n, tiles, ranks in ((32, 32, 2), (32, 16, 1), (64, 32, 1), (16, 32, 1)):
-        assert choose_config(64, n, 448, 448 * tiles, "float16", 132).ranks == ranks
-    assert choose_config(64, 32, 396, 396 * 32, "float16", 132).ranks == 1
+        assert choose_config(64, n, 448, 448 * tiles, "float16", 132, is_turned=True).ranks == ranks
+    assert choose_config(64, 32, 396, 396 * 32, "float16", 132, is_turned=True).ranks == 1
 
 
 def test_where_short_groups_are_split_for_token_major_x() -> None:
