@@ -356,7 +356,7 @@ def _choose_plain(v: int, n: int, groups: int, tiles: int, sm_count: int, parts:
 
 
 def _choose_feature(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
-    """The same for groups of 64 rows of feature-major x: two blocks share a multiprocessor where there is work for both.
+    """The same for groups of 64 rows of feature-major x: two share a multiprocessor where there is work for both.
 
     The next product's first block finds room beside one of them.
     """
