@@ -381,7 +381,7 @@ def _choose_turned(v: int, n: int, groups: int, tiles: int, sm_count: int, parts
     if v == 64:
         ranks = _ranks_that_fill(FILLED_TURNED, groups, sm_count)
         if ranks == 1 and room == 32 and tiles >= SHORT_TILES * groups:
-            ranks = 2 if _evenness(groups, sm_count // 2) > _evenness(groups, sm_count) + 0.1 else 1
+            ranks = 2 if _evenness(groups, max(1, sm_count // 2)) > _evenness(groups, sm_count) + 0.1 else 1
         if ranks > 2 and room <= 32:
             return ranks, 2, 20
         is_deep = room <= 32 and tiles >= DEEP_TILES * sm_count
