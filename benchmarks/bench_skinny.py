@@ -4,11 +4,12 @@
     python benchmarks/bench_skinny.py --full --out DIR      every layer, n, sparsity and v
     python benchmarks/bench_skinny.py --device cpu          a few small cases with the host's clock
 
-`F.linear`'s meaning, token-major x and result. Weights "rotated" through copies of eight times the L2 cache come from
-device memory, as in a model, where each product has the first of the next one's fetched into L2
-(`shflnb/kernels/skinny_ahead.py`); "warm" ones may be in L2. All copies are multiplied with one x, which is in L2 as in
-a model, where it has just been written. Dense is the better of `W @ X` and `F.linear`, timed in turns. GB/s counts the
-packed matrix once; its share of a copy that was measured in the same run stands beside it.
+`F.linear`'s meaning, token-major x and result, and on the large layers feature-major ones (op "matmul"), too. Weights
+"rotated" through copies of eight times the L2 cache come from device memory, as in a model, where each product has the
+first of the next one's fetched into L2 (`shflnb/kernels/skinny_ahead.py`); "warm" ones may be in L2. All copies are
+multiplied with one x, which is in L2 as in a model, where it has just been written. Dense is the better of `W @ X` and
+`F.linear`, timed in turns. GB/s counts the packed matrix once; its share of a copy that was measured in the same run
+stands beside it.
 Writes `<gpu>.skinny.csv` and `<gpu>.skinny.machine.json`. Exit code 1 if a result was wrong.
 """
 
@@ -40,8 +41,8 @@ ROTATION = 8
 
 
 def bar_of(case: Case) -> float | None:
-    """The speedup over dense that a float16 case with rotated weights must reach on an H200, or None."""
-    if case.inputs != "rotated" or case.dtype not in ("float16", "bfloat16"):
+    """The speedup over dense that a token-major case with rotated weights must reach on an H200, or None."""
+    if case.op != "linear" or case.inputs != "rotated" or case.dtype not in ("float16", "bfloat16"):
         return None
     return few_bar_of(case.shape.m, case.shape.k, case.shape.n, case.sparsity, case.v)
 
@@ -67,6 +68,8 @@ def cases_of(level: str, device: str) -> list[Case]:
                 kinds += [(0.875, 64)] * (n <= 16) + [(0.5, 64)] * (n == 32) + [(0.75, 32), (0.75, 128)] * (n == 8)
             for inputs in ("rotated", "warm"):
                 found += [Case(shape, sparsity, v, op="linear", inputs=inputs) for sparsity, v in kinds]
+                if (m, k) in LARGE_LAYERS and n >= 8 and inputs == "rotated":
+                    found.append(Case(shape, 0.75, 64, op="matmul", inputs=inputs))
                 if level == "full" or n == 8:
                     found.append(Case(shape, 0.75, 64, dtype="bfloat16", op="linear", inputs=inputs))
     return found
@@ -98,16 +101,23 @@ def time_group(
 
     x = random_tensor(shape.n, shape.k, dtype, device, 100)
     out = torch.empty(shape.n, shape.m, dtype=x.dtype, device=device)
-    subjects, _ = checked_dense(shape, dtype, [x.t().contiguous()] * sets_of(2 * shape.m * shape.k), "matmul", device)
+    feature_out = torch.empty(shape.m, shape.n, dtype=x.dtype, device=device)
+    operands = {"linear": (x, out), "matmul": (x.t().contiguous(), feature_out)}
+    subjects, _ = checked_dense(
+        shape, dtype, [operands["matmul"][0]] * sets_of(2 * shape.m * shape.k), "matmul", device
+    )
     checked, wrong = [], 0
     for case in cases:
         packed = weights.packed(case)
         copies = weights.copies(packed, sets_of(packed.nbytes))
-        calls = sparse_calls(case, copies, [x] * len(copies), [out] * len(copies))
+        own_x, own_out = operands[case.op]
+        calls = sparse_calls(case, copies, [own_x] * len(copies), [own_out] * len(copies))
         reference = x.float() @ weights.dense(packed).float().t()
-        error, is_right = check(calls[0], reference, dtype, poison=out)
+        if case.op == "matmul":
+            reference = reference.t()
+        error, is_right = check(calls[0], reference, dtype, poison=own_out)
         if is_right:
-            error, is_right = check_chained(calls, reference, dtype, device, poison=out)
+            error, is_right = check_chained(calls, reference, dtype, device, poison=own_out)
         checked.append((case, packed, error))
         wrong += not is_right
         if is_right:
@@ -120,13 +130,13 @@ def time_group(
         results.add(common | timings[name].row() | {"what": name, "sparsity": 0})
     parts = []
     for case, packed, error in checked:
-        row = common | {"sparsity": case.sparsity, "v": case.v, "what": "shflnb",
+        row = common | {"op": case.op, "sparsity": case.sparsity, "v": case.v, "what": "shflnb",
                         "config": config_name(packed, shape.n), "dense_us": round(timings[best].median_us, 3),
                         "dense_what": best.removeprefix("dense "), "error": f"{error:.3g}"}  # fmt: skip
         timing = timings.get(str(case))
         if timing is None:
             results.add(row | {"note": "wrong result: not timed"})
-            parts.append(f"v{case.v} {100 * case.sparsity:g}% WRONG")
+            parts.append(f"{case.op} v{case.v} {100 * case.sparsity:g}% WRONG")
             continue
         gbps, speedup = packed.nbytes / timing.median_us / 1e3, timings[best].median_us / timing.median_us
         row |= timing.row() | {"speedup": f"{speedup:.4g}", "gbps": f"{gbps:.4g}"}
@@ -135,7 +145,8 @@ def time_group(
         results.add(row)
         bar = bar_of(case)
         judged = "" if bar is None else f" (bar {bar}: {'ok' if speedup >= bar else 'MISSED'})"
-        parts.append(f"v{case.v} {100 * case.sparsity:g}% {timing.median_us:.1f} us {speedup:.2f}x{judged}")
+        layout = "feature-major " if case.op == "matmul" else ""
+        parts.append(f"{layout}v{case.v} {100 * case.sparsity:g}% {timing.median_us:.1f} us {speedup:.2f}x{judged}")
     line = f"{shape.name} {shape.m}x{shape.k}x{shape.n} {dtype} {first.inputs}: {best} {timings[best].median_us:.1f} us"
     return f"{line} | {'; '.join(parts)}", wrong
 

@@ -114,24 +114,29 @@ def models_part(measured: list[Row], about: str) -> str:
 
 
 def skinny(data: Data) -> str:
-    """Few token-major columns with the weights in device memory, against their bars."""
+    """Few columns with the weights in device memory, the token-major ones against their bars."""
     return per_card(data, "skinny", skinny_part, absent("bench_skinny.py", " on a GPU"))
 
 
 def skinny_part(measured: list[Row], about: str) -> str:
-    """Few token-major columns on one card."""
+    """Few columns on one card."""
     wanted = {"what": "shflnb", "inputs": "rotated", "dtype": "float16"}
     rows = [r for r in measured if r["speedup"] and all(r[key] == value for key, value in wanted.items())]
     if not rows:
         return ""
     lines, met, judged = [], 0, 0
-    for r in sorted(rows, key=lambda r: (int(r["m"]), int(r["k"]), float(r["sparsity"]), int(r["v"]), int(r["n"]))):
-        bar = few_bar_of(int(r["m"]), int(r["k"]), int(r["n"]), float(r["sparsity"]), int(r["v"]))
+
+    def order(r: Row) -> tuple[float, ...]:
+        return int(r["m"]), int(r["k"]), r["op"] == "matmul", float(r["sparsity"]), int(r["v"]), int(r["n"])
+
+    for r in sorted(rows, key=order):
+        is_token, n = r["op"] != "matmul", int(r["n"])
+        bar = few_bar_of(int(r["m"]), int(r["k"]), n, float(r["sparsity"]), int(r["v"])) if is_token else None
         is_met = bar is not None and float(r["speedup"]) >= bar
         judged, met = judged + (bar is not None), met + is_met
         lines.append([
-            f"{r['m']} x {r['k']}, n = {r['n']}", percent(r["sparsity"]), r["v"], micros(r["dense_us"]),
-            micros(r["median_us"]), ratio(r["speedup"]), "-" if bar is None else f"{bar:g}x",
+            f"{r['m']} x {r['k']}, n = {n}{'' if is_token else ', feature-major'}", percent(r["sparsity"]), r["v"],
+            micros(r["dense_us"]), micros(r["median_us"]), ratio(r["speedup"]), "-" if bar is None else f"{bar:g}x",
             "-" if bar is None else "met" if is_met else "**missed**", f"{float(r['gbps']):.0f} GB/s",
             f"{float(r['percent_of_copy']):.0f} %",
         ])  # fmt: skip
