@@ -36,6 +36,8 @@ FIELDS = (
 )  # fmt: skip
 COLUMNS = (1, 2, 4, 8, 16, 32, 64)
 COPY_BYTES = 1 << 30
+LAYOUTS = {"linear": "token", "matmul": "feature"}
+"""Of x and of the result, by the operation of a case."""
 ROTATION = 8
 """Times the size of L2 that rotated weights have together, see `protocol.rotations`."""
 
@@ -130,8 +132,9 @@ def time_group(
         results.add(common | timings[name].row() | {"what": name, "sparsity": 0})
     parts = []
     for case, packed, error in checked:
+        config = config_name(packed, shape.n, LAYOUTS[case.op])
         row = common | {"op": case.op, "sparsity": case.sparsity, "v": case.v, "what": "shflnb",
-                        "config": config_name(packed, shape.n), "dense_us": round(timings[best].median_us, 3),
+                        "config": config, "dense_us": round(timings[best].median_us, 3),
                         "dense_what": best.removeprefix("dense "), "error": f"{error:.3g}"}  # fmt: skip
         timing = timings.get(str(case))
         if timing is None:

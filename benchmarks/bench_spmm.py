@@ -279,17 +279,20 @@ def roof_of(packed: ShflBWMatrix, n: int, moved_bytes: int, device: str) -> tupl
     return (least, by) if least >= by_bytes else (by_bytes, "bytes from L2" if is_cached else "bytes from memory")
 
 
-def config_name(packed: ShflBWMatrix, n: int) -> str:
+def config_name(packed: ShflBWMatrix, n: int, layout: str = "feature") -> str:
     """Name of the kernel that the launcher chose for n columns, from its records; "" where it keeps none.
 
-    A record's key is (kind of plan, device, columns, ...). One for few columns has room for some number of them, or is
-    for n alone, as n or (n,): of those that fit, the one for the fewest columns counts, and of these the last.
+    For few columns of x of this layout it keeps its choice. Else a record's key is (kind of plan, device, columns, ...).
+    One for few columns has room for some number of them, or is for n alone, as n or (n,): of those that fit, the one
+    for the fewest columns counts, and of these the last.
     """
     from shflnb.kernels.skinny_config import MAX_N, room_for
 
     found: list[tuple[int, str]] = []
     for key, plan in packed.launch_cache.items():
         kind, *rest = key if isinstance(key, tuple) else (key,)
+        if kind == "few choice" and rest[1:] == [n, layout]:
+            return str(plan.name)
         if plan is None or not (isinstance(kind, str) and kind.endswith("plan") and len(rest) > 1):
             continue
         is_for_few = kind != "plan"

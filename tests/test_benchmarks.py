@@ -239,6 +239,8 @@ def test_a_chosen_kernel_is_named_whatever_its_kind_of_plan() -> None:
     packed = SimpleNamespace(launch_cache=cache)
     expected = {4096: "many", 2048: "", 1: "narrow 1", 8: "token-major 8", 4: "up to 16, bias", 17: "", 65: ""}
     assert {n: bench_spmm.config_name(packed, n) for n in expected} == expected
+    cache["few choice", 0, 8, "token"] = SimpleNamespace(name="chosen")
+    assert [bench_spmm.config_name(packed, 8, layout) for layout in ("token", "feature")] == ["chosen", "token-major 8"]
 
 
 def test_spmm_rows_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
