@@ -282,7 +282,7 @@ def roof_of(packed: ShflBWMatrix, n: int, moved_bytes: int, device: str) -> tupl
 def config_name(packed: ShflBWMatrix, n: int, layout: str = "feature") -> str:
     """Name of the kernel that the launcher chose for n columns, from its records; "" where it keeps none.
 
-    For few columns of x of this layout it keeps its choice. Else a record's key is (kind of plan, device, columns, ...).
+    For few columns of x of this layout it keeps its choice. Else a record's key is (kind of plan, device, columns, ..).
     One for few columns has room for some number of them, or is for n alone, as n or (n,): of those that fit, the one
     for the fewest columns counts, and of these the last.
     """
