@@ -133,13 +133,14 @@ def time_group(
     parts = []
     for case, packed, error in checked:
         config = config_name(packed, shape.n, LAYOUTS[case.op])
+        label = f"{'feature-major ' if case.op == 'matmul' else ''}v{case.v} {100 * case.sparsity:g}%"
         row = common | {"op": case.op, "sparsity": case.sparsity, "v": case.v, "what": "shflnb",
                         "config": config, "dense_us": round(timings[best].median_us, 3),
                         "dense_what": best.removeprefix("dense "), "error": f"{error:.3g}"}  # fmt: skip
         timing = timings.get(str(case))
         if timing is None:
             results.add(row | {"note": "wrong result: not timed"})
-            parts.append(f"{case.op} v{case.v} {100 * case.sparsity:g}% WRONG")
+            parts.append(f"{label} WRONG")
             continue
         gbps, speedup = packed.nbytes / timing.median_us / 1e3, timings[best].median_us / timing.median_us
         row |= timing.row() | {"speedup": f"{speedup:.4g}", "gbps": f"{gbps:.4g}"}
@@ -148,8 +149,7 @@ def time_group(
         results.add(row)
         bar = bar_of(case)
         judged = "" if bar is None else f" (bar {bar}: {'ok' if speedup >= bar else 'MISSED'})"
-        layout = "feature-major " if case.op == "matmul" else ""
-        parts.append(f"{layout}v{case.v} {100 * case.sparsity:g}% {timing.median_us:.1f} us {speedup:.2f}x{judged}")
+        parts.append(f"{label} {timing.median_us:.1f} us {speedup:.2f}x{judged}")
     line = f"{shape.name} {shape.m}x{shape.k}x{shape.n} {dtype} {first.inputs}: {best} {timings[best].median_us:.1f} us"
     return f"{line} | {'; '.join(parts)}", wrong
 

@@ -324,12 +324,14 @@ def choose_config(
     from, so that there are fewer to compile and check.
     """
     if token_major:
-        choose = _choose_stitching
-    elif is_turned and v in (32, 64) and not parts:
-        choose = _choose_turned
+        ranks, blocks, stages = _choose_stitching(v, n, groups, tiles, sm_count, parts)
+    elif v == 64 and not parts:
+        choose = _choose_turned if is_turned else _choose_feature
+        ranks, blocks, stages = choose(n, groups, tiles, sm_count)
+    elif v == 32 and is_turned and not parts:
+        ranks, blocks, stages = _choose_turned_32(n, groups, sm_count)
     else:
-        choose = _choose_plain if v != 64 or parts else _choose_feature
-    ranks, blocks, stages = choose(v, n, groups, tiles, sm_count, parts)
+        ranks, blocks, stages = _choose_plain(v, n, groups, tiles, sm_count, parts)
     ranks = min(ranks, v // 8)
     is_swift = v == 64 and n <= FEW_TOKENS and ranks <= 2 and not parts
     return config_of(v, n, ranks, dtype, blocks, token_major=token_major, parts=parts,
@@ -355,7 +357,7 @@ def _choose_plain(v: int, n: int, groups: int, tiles: int, sm_count: int, parts:
     return min(ranks, PARTS_RANKS if parts else 8), 1 if is_alone else 2, 20
 
 
-def _choose_feature(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
+def _choose_feature(n: int, groups: int, tiles: int, sm_count: int) -> tuple[int, int, int]:
     """The same for groups of 64 rows of feature-major x: two share a multiprocessor where there is work for both.
 
     The next product's first block finds room beside one of them.
@@ -365,32 +367,32 @@ def _choose_feature(v: int, n: int, groups: int, tiles: int, sm_count: int, part
         share = FILLED_TURNED if is_long else FILLED_SHORT
         is_shared = groups >= MANY_64 * sm_count
         return (1, 2, 20) if is_shared else (_ranks_that_fill(share, groups, sm_count), 1, TURNED_STAGES)
-    ranks, blocks, stages = _choose_plain(v, n, groups, tiles, sm_count, parts)
+    ranks, blocks, stages = _choose_plain(64, n, groups, tiles, sm_count, parts=False)
     if ranks == 2 and is_long and groups < (sm_count if room == 32 else sm_count / 2):
         return ranks, 1, TURNED_STAGES
     return ranks, blocks, stages
 
 
-def _choose_turned(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
-    """The same for groups of 32 and 64 rows of x that was turned.
+def _choose_turned(n: int, groups: int, tiles: int, sm_count: int) -> tuple[int, int, int]:
+    """The same for groups of 64 rows of x that was turned.
 
-    A block with 64 rows has its multiprocessor alone, if no more than two share a group. With 32 rows two share one,
-    but for 33 columns and more of a few groups.
+    A block has its multiprocessor alone, if no more than two share a group.
     """
+    room, ranks = room_for(n), _ranks_that_fill(FILLED_TURNED, groups, sm_count)
+    if ranks == 1 and room == 32 and tiles >= SHORT_TILES * groups:
+        ranks = 2 if _evenness(groups, max(1, sm_count // 2)) > _evenness(groups, sm_count) + 0.1 else 1
+    if ranks > 2 and room <= 32:
+        return ranks, 2, 20
+    is_deep = room <= 32 and tiles >= DEEP_TILES * sm_count
+    return ranks, 1, DEEP_STAGES if is_deep else TURNED_STAGES
+
+
+def _choose_turned_32(n: int, groups: int, sm_count: int) -> tuple[int, int, int]:
+    """The same with 32 rows: two blocks share a multiprocessor, but for 33 columns and more of a few groups."""
     room, is_many = room_for(n), groups >= MANY_32 * sm_count
-    if v == 64:
-        ranks = _ranks_that_fill(FILLED_TURNED, groups, sm_count)
-        if ranks == 1 and room == 32 and tiles >= SHORT_TILES * groups:
-            ranks = 2 if _evenness(groups, max(1, sm_count // 2)) > _evenness(groups, sm_count) + 0.1 else 1
-        if ranks > 2 and room <= 32:
-            return ranks, 2, 20
-        is_deep = room <= 32 and tiles >= DEEP_TILES * sm_count
-        return ranks, 1, DEEP_STAGES if is_deep else TURNED_STAGES
     if room == 64:
         return _ranks_that_fill(FILLED, groups, sm_count), 2 if is_many else 1, 20
-    ranks = max(2, _ranks_that_fill(FILLED, groups / 2, sm_count))
-    if room == 32 and is_many:
-        ranks = 1
+    ranks = 1 if room == 32 and is_many else max(2, _ranks_that_fill(FILLED, groups / 2, sm_count))
     return ranks, 2, TOKENS_STAGES_32 if room == 16 and is_many else 20
 
 
