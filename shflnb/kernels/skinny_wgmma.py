@@ -64,7 +64,7 @@ from .ptx_cluster import (
     evict_first,
     grid_launch_dependents,
     grid_wait,
-    ld_global_u16_if,
+    ld_global_u16_below,
     ld_shared_u32,
     low_halves,
     nanosleep,
@@ -193,36 +193,68 @@ def fetch_ahead(ahead, aheads, block, blocks):
         entry = u32(entry + blocks)
 
 
+def make_load_tokens(octets: int) -> Callable[..., Any]:
+    """Device function: so many times eight tokens, those below n, of two columns `stride` bytes apart into `half`."""
+    count = 8 * octets
+
+    @cuda.jit(device=True, forceinline=True)
+    def load_tokens(half, at, first, second, token, n, stride):
+        for t in range(count):
+            half[t] = ld_global_u16_below(at + u64(first), u32(token + u32(t)), n)
+            half[count + t] = ld_global_u16_below(at + u64(second), u32(token + u32(t)), n)
+            at += stride
+
+    return load_tokens
+
+
+def make_store_tokens(config: SkinnyConfig, octets: int) -> Callable[..., Any]:
+    """Device function: what `make_load_tokens` loaded into a stage, from chunk `chunk` on; 0 where a mask is."""
+    count, row_bytes = 8 * octets, config.row_bytes
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_tokens(half, to, chunk, swizzle, first_mask, second_mask):
+        for c in range(octets):
+            chunk_at = u32(to + ((u32(chunk + c) ^ swizzle) << u32(4)))
+            for j in range(2):
+                h, mask = count * j + 8 * c, second_mask if j else first_mask
+                st_shared_v4(u32(chunk_at + u32(32 * j * row_bytes)), low_halves(half[h], half[h + 1]) & mask,
+                             low_halves(half[h + 2], half[h + 3]) & mask, low_halves(half[h + 4], half[h + 5]) & mask,
+                             low_halves(half[h + 6], half[h + 7]) & mask)  # fmt: skip
+
+    return store_tokens
+
+
 def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function of a warp: a stage of stitched x from token-major x; lane l has the stage's columns l and l + 32.
 
-    Neighbouring lanes have neighbouring kept columns, so a load of a warp touches few sectors.
+    Neighbouring lanes have neighbouring kept columns, so a load of a warp touches few sectors. All loads are on their
+    way before the first value is stored, and before the stage is empty.
     """
     chunks, row_bytes = config.chunks, config.row_bytes
     coarse, mask = SWIZZLES[chunks]
+    load_one, load_two = make_load_tokens(1), make_load_tokens(2)
+    store_one, store_two = make_store_tokens(config, 1), make_store_tokens(config, 2)
 
     @cuda.jit(device=True, forceinline=True)
-    def stitch_tokens(stage_at, own_ids, lane, x, n, stride):
+    def stitch_tokens(stage_at, own_ids, lane, x, n, stride, empty_at, phase):
         first, second = ld_shared_u32(own_ids), ld_shared_u32(u32(own_ids + u32(128)))
+        first_mask, second_mask = ~u32(i32(first) >> i32(31)), ~u32(i32(second) >> i32(31))  # 0: no column
+        first, second = u32((first & first_mask) << u32(1)), u32((second & second_mask) << u32(1))
         swizzle = u32((lane >> u32(coarse)) & u32(mask))
         to = u32(stage_at + lane * u32(row_bytes))
         for pair in range(chunks // 2):
-            if u32(16 * pair) < n:
-                at_first = mad_wide_u32(first, u32(2), x + u64(16 * pair) * stride)
-                at_second = mad_wide_u32(second, u32(2), x + u64(16 * pair) * stride)
+            if u32(16 * pair + 8) < n:
                 half = cuda.local.array(32, u32)
-                for t in range(16):  # all loads are on their way before the first value is stored
-                    half[t] = ld_global_u16_if(at_first, first, u32(16 * pair + t), n)
-                    half[16 + t] = ld_global_u16_if(at_second, second, u32(16 * pair + t), n)
-                    at_first += stride
-                    at_second += stride
-                for c in range(2):
-                    chunk_at = u32(to + ((u32(2 * pair + c) ^ swizzle) << u32(4)))
-                    for j in range(2):
-                        h = 16 * j + 8 * c
-                        st_shared_v4(u32(chunk_at + u32(32 * j * row_bytes)), low_halves(half[h], half[h + 1]),
-                                     low_halves(half[h + 2], half[h + 3]), low_halves(half[h + 4], half[h + 5]),
-                                     low_halves(half[h + 6], half[h + 7]))  # fmt: skip
+                load_two(half, x + u64(16 * pair) * stride, first, second, u32(16 * pair), n, stride)
+                if pair == 0:
+                    mbarrier_wait_parity(empty_at, phase)
+                store_two(half, to, 2 * pair, swizzle, first_mask, second_mask)
+            elif u32(16 * pair) < n:
+                few = cuda.local.array(16, u32)
+                load_one(few, x + u64(16 * pair) * stride, first, second, u32(16 * pair), n, stride)
+                if pair == 0:
+                    mbarrier_wait_parity(empty_at, phase)
+                store_one(few, to, 2 * pair, swizzle, first_mask, second_mask)
 
     return stitch_tokens
 
@@ -318,11 +350,12 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
                 wait_ids()
                 warp_sync()
                 if token_major:
-                    mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
                     stitch_tokens(u32(base + stage * u32(stage_bytes)), u32(id_ring + slot + lane * u32(4)), lane, x, n,
-                                  ldx * u64(2))  # fmt: skip
+                                  ldx * u64(2), u32(empty + stage * u32(8)), phase)  # fmt: skip
                     fence_proxy_async()
-                    mbarrier_arrive(u32(full + stage * u32(8)))
+                    warp_sync()
+                    if lane == u32(0):
+                        mbarrier_arrive(u32(full + stage * u32(8)))
                 else:
                     for q in range(fours):
                         four = ld_shared_v4(u32(own_ids + slot + u32(16 * q)))
@@ -390,7 +423,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     own_tiles, stream_weights, stitch = make_own_tiles(config), make_stream_weights(config), make_stitch(config)
     multiply, (begin, finish, row_values) = make_multiply(config), make_finish(config)
     own_place, record_bytes = make_own_place(config), 32 if config.parts else 16
-    read_record = make_read_record(config)
+    read_record, token_major, fillers = make_read_record(config), config.token_major, 2 if config.token_major else 33
     wait_all, wait_one = wgmma_wait[0], wgmma_wait[1]
 
     def skinny_wgmma(
@@ -409,8 +442,8 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
             own_queue, step = queue + own_queue * u64(record_bytes), step * u64(record_bytes)
         if tid == u32(0):
             for stage in range(stages):
-                # full: a stitching warp's lanes and the weights' bytes; empty: the leader of the consumers
-                mbarrier_init(u32(full + u32(8 * stage)), u32(33))
+                # full: a stitching warp (its lanes where their copies arrive) and the weights; empty: the consumers
+                mbarrier_init(u32(full + u32(8 * stage)), u32(fillers))
                 mbarrier_init(u32(empty + u32(8 * stage)), u32(1))
             for w in range(2 * token_warps):
                 mbarrier_init(u32(arrived + u32(8 * w)), u32(1))
@@ -450,7 +483,8 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
                 release = u32(0)
                 for kt in range(count):
                     mbarrier_wait_parity(u32(full + stage * u32(8)), phase)
-                    fence_proxy_async()
+                    if not token_major:  # noqa: SIM (what copies wrote: who stitches token-major x does this itself)
+                        fence_proxy_async()
                     wgmma_fence()
                     multiply(acc, u32(base + stage * u32(stage_bytes)))
                     wgmma_commit()
