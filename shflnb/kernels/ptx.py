@@ -158,6 +158,7 @@ st_global_stream_v4 = instruction(
     "Store 16 bytes that are not needed again soon: first to leave the cache.",
     "st.global.cs.v4.u32 [$0], {$1,$2,$3,$4};", (u64, u32, u32, u32, u32), "l,r,r,r,r,~{memory}")  # fmt: skip
 st_global_u16 = instruction("Store 2 bytes.", "st.global.u16 [$0], $1;", (u64, types.uint16), "l,h,~{memory}")
+st_global_u32 = instruction("Store 4 bytes.", "st.global.u32 [$0], $1;", (u64, u32), "l,r,~{memory}")
 st_global_f32 = instruction("Store a float32.", "st.global.f32 [$0], $1;", (u64, f32), "l,f,~{memory}")
 ld_shared_u16 = instruction("Load 2 bytes.", "ld.shared.u16 $0, [$1];", (u32,), "=h,r,~{memory}", types.uint16)
 ld_shared_u32 = instruction("Load 4 bytes.", "ld.shared.u32 $0, [$1];", (u32,), "=r,r,~{memory}", u32)

@@ -12,8 +12,7 @@ from .ptx import f32, instruction, u32, u64
 
 __all__ = ["bulk_copy_g2s_hint", "bulk_prefetch_l2", "cluster_arrive_relaxed", "cluster_wait", "evict_first",
            "grid_launch_dependents", "grid_wait", "high_halves", "ld_global_l2_u16_if", "ld_global_u16_below",
-           "ld_shared_u32", "ld_shared_v4_f32", "low_halves", "nanosleep", "rank_address", "st_async_v4_f32",
-           "st_shared_v4_f32"]  # fmt: skip
+           "ld_shared_f32", "ld_shared_u32", "low_halves", "nanosleep", "rank_address", "st_async_f32"]  # fmt: skip
 
 # --- clusters --------------------------------------------------------------------------------------------------------
 cluster_arrive_relaxed = instruction(
@@ -25,10 +24,17 @@ cluster_wait = instruction(
 rank_address = instruction(
     "Address, in the cluster's shared window, that a shared address of this block has in the block of a rank.",
     "mapa.shared::cluster.u32 $0, $1, $2;", (u32, u32), "=r,r,r", u32, volatile=False)  # fmt: skip
-st_async_v4_f32 = instruction(
-    "Send 4 float32 to the shared memory of a block of the cluster; they complete 16 bytes on a barrier there.",
-    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0], {$1,$2,$3,$4}, [$5];",
+_st_async_f32 = instruction(
+    "Send a float32 to the shared memory of a block of the cluster; it completes 4 bytes on a barrier there.",
+    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [$0], $1, [$2];", (u32, f32, u32),
+    "r,f,r,~{memory}")  # fmt: skip
+_st_async_v2_f32 = instruction(
+    "Send 2 float32.", "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [$0], {$1,$2}, [$3];",
+    (u32, f32, f32, u32), "r,f,f,r,~{memory}")  # fmt: skip
+_st_async_v4_f32 = instruction(
+    "Send 4 float32.", "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0], {$1,$2,$3,$4}, [$5];",
     (u32, f32, f32, f32, f32, u32), "r,f,f,f,f,r,~{memory}")  # fmt: skip
+st_async_f32 = {1: _st_async_f32, 2: _st_async_v2_f32, 4: _st_async_v4_f32}
 
 # --- programmatic launch ---------------------------------------------------------------------------------------------
 grid_wait = instruction(
@@ -39,12 +45,14 @@ grid_launch_dependents = instruction(
     "griddepcontrol.launch_dependents;", (), "~{memory}")  # fmt: skip
 
 # --- loads and arithmetic --------------------------------------------------------------------------------------------
-ld_shared_v4_f32 = instruction(
+_ld_shared_f32 = instruction("Load a float32.", "ld.shared.f32 $0, [$1];", (u32,), "=f,r,~{memory}", f32)
+_ld_shared_v2_f32 = instruction(
+    "Load 2 float32.", "ld.shared.v2.f32 {$0,$1}, [$2];", (u32,), "=f,=f,r,~{memory}", types.UniTuple(f32, 2)
+)
+_ld_shared_v4_f32 = instruction(
     "Load 4 float32.", "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", (u32,), "=f,=f,=f,=f,r,~{memory}",
     types.UniTuple(f32, 4))  # fmt: skip
-st_shared_v4_f32 = instruction(
-    "Store 4 float32.", "st.shared.v4.f32 [$0], {$1,$2,$3,$4};", (u32, f32, f32, f32, f32), "r,f,f,f,f,~{memory}"
-)
+ld_shared_f32 = {1: _ld_shared_f32, 2: _ld_shared_v2_f32, 4: _ld_shared_v4_f32}
 ld_shared_u32 = instruction("Load 4 bytes.", "ld.shared.u32 $0, [$1];", (u32,), "=r,r,~{memory}", u32)
 ld_global_u16_below = instruction(
     "Load 2 bytes, with zeros above them, if the second argument is below the third; else read nothing and give 0.",

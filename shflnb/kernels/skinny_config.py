@@ -222,20 +222,25 @@ class SkinnyConfig:
         return self.x_bytes + self.w_bytes
 
     @property
-    def token_warps(self) -> int:
-        """Consumer warps that hold tokens that may exist, 16 each."""
-        return self.chunks // 2
+    def row_warps(self) -> int:
+        """Consumer warps that hold rows that exist, 16 each of every 64."""
+        return min(4, self.v // 16)
+
+    @property
+    def sums(self) -> int:
+        """Sums a lane of such a warp has: of two rows for every 64 of the group, a quarter of their tokens."""
+        return 4 * self.chunks * max(1, self.v // 64)
+
+    @property
+    def share(self) -> int:
+        """Those of them that one rank finishes."""
+        return self.sums // self.ranks
 
     @property
     def pace_ns(self) -> int:
         """Nanoseconds between the first copies of weights of a product that is `PACED`."""
         is_alone = self.token_major and self.blocks_per_sm == 1
         return (FILL_ALONE_NS if is_alone else FILL_NS) // self.stages
-
-    @property
-    def octets(self) -> int:
-        """Units of 8 packed rows that one rank finishes."""
-        return self.v // 8 // self.ranks
 
     @property
     def threads(self) -> int:
@@ -259,8 +264,8 @@ class SkinnyConfig:
 
     @property
     def exchange_bytes(self) -> int:
-        """Shared memory in which the ranks' sums arrive, twice: 512 bytes for 16 tokens by 8 rows."""
-        return 2 * self.v // 8 * self.token_warps * 512 if self.ranks > 1 or self.token_warps < 4 else 0
+        """Shared memory in which the ranks' sums arrive, twice: as many from each rank as this one finishes."""
+        return 2 * self.row_warps * 32 * 4 * self.sums if self.ranks > 1 else 0
 
     @property
     def smem_bytes(self) -> int:

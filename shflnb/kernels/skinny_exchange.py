@@ -1,15 +1,12 @@
 """The end of a group in `skinny_wgmma.py`: the ranks' sums are added, finished and stored.
 
-A consumer warp holds, for 16 tokens and every unit of 8 packed rows, what wgmma leaves in registers: lane l has rows
-2 (l % 4) and +1 of tokens l / 4 and l / 4 + 8. Every rank finishes its own share of the units: warp w of each rank
-sends it to warp w of the others (and to itself), 16 bytes a lane, counted at the receiver's barrier. Sums are added in
-the order of the ranks, so that the result never changes. There are two buffers with a barrier each, taken in turns: who
-has received a group's sums from all ranks knows that they have read those of the group before; but they need not have
-received all of this one yet, which is why its barrier must not count the next one's bytes.
-
-Storing takes longer than adding: a result's values go to as many places. With fewer than 64 tokens some warps hold
-none, and share the units of those that do, also where there is only one rank. All wait for each other before the next
-group is sent, so that a buffer has been read by then.
+A consumer warp w holds, for packed rows 16w to 16w + 15 of every 64 of the group and all tokens, what wgmma leaves in
+registers: lane l has rows l / 4 and l / 4 + 8, and of every 8 tokens 2 (l % 4) and the next. A lane's sums are counted
+row by row, tokens ascending; every rank finishes as many of them, in the order of the ranks. Warp w of each rank sends
+them to warp w of the others (and to itself), counted at the receiver's barrier, and adds what it gets in the order of
+the ranks, so that the result never changes. There are two buffers with a barrier each, taken in turns: who has received
+a group's sums from all ranks knows that they have read those of the group before; but they need not have received all
+of this one yet, which is why its barrier must not count the next one's bytes.
 """
 
 from __future__ import annotations
@@ -22,18 +19,18 @@ from numba.cuda import types
 
 from .epilogue import HAS_RESIDUAL, NO_ROW, make_activation, make_load_bias
 from .ptx import (
-    bar_sync,
-    ld_global_nc_v2,
+    ld_global_nc_u32,
     ld_global_nc_v4,
     ld_global_u16,
     mbarrier_arrive_expect_tx,
     mbarrier_wait_parity,
     pack_pair,
     st_global_u16,
+    st_global_u32,
     unpack_low,
     warp_sync,
 )
-from .ptx_cluster import ld_shared_v4_f32, rank_address, st_async_v4_f32, st_shared_v4_f32
+from .ptx_cluster import ld_shared_f32, rank_address, st_async_f32
 from .skinny_config import ACTIVATED, SkinnyConfig
 
 __all__ = ["make_finish", "make_own_place"]
@@ -82,115 +79,175 @@ def make_finished(config: SkinnyConfig) -> Callable[..., Any]:
     return cuda.jit(device=True, forceinline=True)(finished)
 
 
-def make_store_four(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function that finishes and stores two rows of tokens t and t + 8, those that exist."""
+def make_store_row(config: SkinnyConfig, count: int) -> Callable[..., Any]:
+    """Device function that finishes and stores `count` sums of one row, from acc[first] on, for this lane's tokens.
+
+    They are those of pairs of neighbouring tokens, 8 apart, the first pair's first one `token`; those below n exist.
+    """
     plain, adds_nothing = config.epilogue == "plain", config.epilogue == "plain" or config.parts
     finished, load_bias = make_finished(config), make_load_bias(config.dtype)
     pack, low = pack_pair[config.dtype], unpack_low[config.dtype]
 
     @cuda.jit(device=True, forceinline=True)
-    def store_pair(first, second, row, token, n, out, ot, of, residual, rt, rf, flags):
-        if row != u32(NO_ROW) and token < n:
-            later = u32(token + u32(8))
+    def store_pair(first, second, row, token, n, out, ot, of, residual, rt, rf, flags, are_beside):
+        if token < n:
+            has_second = u32(token + u32(1)) < n
             if not adds_nothing:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
                 if flags & u32(HAS_RESIDUAL):
                     at = residual + (u64(row) * rf + u64(token) * rt) * u64(2)
                     first = first + low(u32(ld_global_u16(at)))
-                    if later < n:
-                        second = second + low(u32(ld_global_u16(at + rt * u64(16))))
+                    if has_second:
+                        second = second + low(u32(ld_global_u16(at + rt * u64(2))))
             halves = pack(first, second)
             to = out + (u64(row) * of + u64(token) * ot) * u64(2)
-            st_global_u16(to, u16(halves & u32(0xFFFF)))
-            if later < n:
-                st_global_u16(to + ot * u64(16), u16(halves >> u32(16)))
+            if are_beside and has_second:
+                st_global_u32(to, halves)
+            else:
+                st_global_u16(to, u16(halves & u32(0xFFFF)))
+                if has_second:
+                    st_global_u16(to + ot * u64(2), u16(halves >> u32(16)))
 
-    def store_four(a0, a1, a2, a3, row0, row1, token, n, out, ot, of, bias, residual, rt, rf, flags):
-        bias0, bias1 = f32(0.0), f32(0.0)
-        if not plain:
-            bias0, bias1 = load_bias(bias, row0, flags), load_bias(bias, row1, flags)
-        store_pair(finished(a0 + bias0, flags), finished(a2 + bias0, flags), row0, token, n, out, ot, of, residual, rt,
-                   rf, flags)  # fmt: skip
-        store_pair(finished(a1 + bias1, flags), finished(a3 + bias1, flags), row1, token, n, out, ot, of, residual, rt,
-                   rf, flags)  # fmt: skip
+    def store_row(acc, first, row, token, n, out, ot, of, bias, residual, rt, rf, flags):
+        if row != u32(NO_ROW):
+            own_bias = f32(0.0)
+            if not plain:
+                own_bias = load_bias(bias, row, flags)
+            are_beside = ot == u64(1) and (u32(out) | u32(of * u64(2))) & u32(3) == u32(0)
+            for i in range(count // 2):
+                store_pair(finished(acc[first + 2 * i] + own_bias, flags),
+                           finished(acc[first + 2 * i + 1] + own_bias, flags), row, u32(token + u32(8 * i)), n, out, ot,
+                           of, residual, rt, rf, flags, are_beside)  # fmt: skip
 
-    return cuda.jit(device=True, forceinline=True)(store_four)
+    def store_one(acc, first, row, token, n, out, ot, of, bias, residual, rt, rf, flags):
+        """As `store_row`, of a single sum: its token is the only one."""
+        if row != u32(NO_ROW):
+            own_bias = f32(0.0)
+            if not plain:
+                own_bias = load_bias(bias, row, flags)
+            a = finished(acc[first] + own_bias, flags)
+            store_pair(a, a, row, token, min(n, u32(token + u32(1))), out, ot, of, residual, rt, rf, flags, False)
+
+    return cuda.jit(device=True, forceinline=True)(store_row if count > 1 else store_one)
+
+
+def make_store_rows(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function that finishes and stores a rank's share of a lane's sums, `sums[: share]`.
+
+    One function for each row, called by that of the row before: a loop over many rows stays a loop where the epilogue
+    is long, and its sums go to local memory.
+    """
+    of_a_row, share = 2 * config.chunks, config.share
+    rows, own_count = max(1, share // of_a_row), min(share, of_a_row)
+    store_row = make_store_row(config, own_count)
+
+    def make_from(i: int) -> Callable[..., Any]:
+        if i == rows - 1:
+
+            def store_from(sums, targets, token, n, out, ot, of, bias, residual, rt, rf, flags):
+                store_row(sums, i * own_count, targets[i], token, n, out, ot, of, bias, residual, rt, rf, flags)
+
+        else:
+            rest = make_from(i + 1)
+
+            def store_from(sums, targets, token, n, out, ot, of, bias, residual, rt, rf, flags):
+                store_row(sums, i * own_count, targets[i], token, n, out, ot, of, bias, residual, rt, rf, flags)
+                rest(sums, targets, token, n, out, ot, of, bias, residual, rt, rf, flags)
+
+        return cuda.jit(device=True, forceinline=True)(store_from)
+
+    return make_from(0)
+
+
+def make_send(width: int) -> Callable[..., Any]:
+    """Device function (address in a block of the cluster, sums, first, barrier there): send `width` sums."""
+    send_words = st_async_f32[width]
+    if width == 4:
+
+        def send(to, sums, i, signal):
+            send_words(to, sums[i], sums[i + 1], sums[i + 2], sums[i + 3], signal)
+
+    elif width == 2:
+
+        def send(to, sums, i, signal):
+            send_words(to, sums[i], sums[i + 1], signal)
+
+    else:
+
+        def send(to, sums, i, signal):
+            send_words(to, sums[i], signal)
+
+    return cuda.jit(device=True, forceinline=True)(send)
+
+
+def make_receive(width: int) -> Callable[..., Any]:
+    """Device function (sums, first, address): add `width` sums that were sent to this block."""
+    load = ld_shared_f32[width]
+    if width == 1:
+
+        def receive(sums, i, at):
+            sums[i] += load(at)
+
+    else:
+
+        def receive(sums, i, at):
+            words = load(at)
+            for j in range(width):
+                sums[i + j] += words[j]
+
+    return cuda.jit(device=True, forceinline=True)(receive)
 
 
 def make_finish(config: SkinnyConfig) -> tuple[Callable[..., Any], Callable[..., Any], int]:
     """(begin, finish, values of `targets`): `begin` asks for the rows that this warp will store to."""
-    v, ranks, token_warps, octets = config.v, config.ranks, config.token_warps, config.octets
-    store_four = make_store_four(config)
-    unit_bytes, buffer_bytes = token_warps * 512, config.exchange_bytes // 2
-    helpers = 4 // token_warps  # warps that share the units of 16 tokens
-    shares, half = max(1, octets // helpers), (octets + 1) // 2
+    v, ranks, chunks, row_warps, total, share = (config.v, config.ranks, config.chunks, config.row_warps, config.sums,
+                                                 config.share)  # fmt: skip
+    store_rows, of_a_row = make_store_rows(config), 2 * chunks
+    rows, width = max(1, share // of_a_row), min(4, share)
+    buffer_bytes, warp_bytes, rank_bytes = config.exchange_bytes // 2, total * 128, share * 128
+    send, receive = make_send(width), make_receive(width)
 
     @cuda.jit(device=True, forceinline=True)
-    def begin(targets, rows, group, warp, lane, rank):
-        own = u32(warp // u32(token_warps))
-        first = u32(group * u32(v) + rank * u32(8 * octets) + own * u32(8) + (lane & u32(3)) * u32(2))
-        if own < u32(octets):
-            for i in range(shares):
-                two = ld_global_nc_v2(rows + u64(first + u32(8 * helpers * i)) * u64(4))
-                targets[2 * i] = two[0]
-                targets[2 * i + 1] = two[1]
+    def begin(targets, row_table, group, warp, lane, rank):
+        if warp < u32(row_warps):
+            for i in range(rows):  # the first row of a 64, or that 8 rows on, of all 64s
+                place = u32(u32(rank * u32(share)) // u32(of_a_row) + u32(i))
+                row = u32(group * u32(v) + (place >> u32(1)) * u32(64) + warp * u32(16) + (place & u32(1)) * u32(8)
+                          + (lane >> u32(2)))  # fmt: skip
+                targets[i] = ld_global_nc_u32(row_table + u64(row) * u64(4))
 
     @cuda.jit(device=True, forceinline=True)
-    def store_octet(acc, targets, i, token, n, out, ot, of, bias, residual, rt, rf, flags):
-        store_four(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3], targets[2 * i], targets[2 * i + 1],
-                   token, n, out, ot, of, bias, residual, rt, rf, flags)  # fmt: skip
-
-    @cuda.jit(device=True, forceinline=True)
-    def finish_alone(acc, targets, exchange, arrived, turn, rank, warp, lane, n, out, ot, of, bias, residual, rt, rf,
-                     flags):  # fmt: skip
-        token = u32(warp * u32(16) + (lane >> u32(2)))
-        for i in range(half):  # in two loops: one of 16 with GELU stays a loop, and its accumulators go to local memory
-            store_octet(acc, targets, i, token, n, out, ot, of, bias, residual, rt, rf, flags)
-        for i in range(half, octets):
-            store_octet(acc, targets, i, token, n, out, ot, of, bias, residual, rt, rf, flags)
-
-    @cuda.jit(device=True, forceinline=True)
-    def finish_together(acc, targets, exchange, arrived, turn, rank, warp, lane, n, out, ot, of, bias, residual, rt, rf,
-                        flags):  # fmt: skip
-        place = u32(turn & u32(1))
-        holder = u32(warp % u32(token_warps))  # the warp whose tokens this one finishes
-        signal = u32(arrived + (u32(token_warps) * place + holder) * u32(8))
-        buffer = u32(exchange + place * u32(buffer_bytes) + holder * u32(512) + lane * u32(16))
-        if helpers > 1:
-            bar_sync(u32(1), u32(128))
-        if warp < u32(token_warps):
-            own = u32(buffer + rank * u32(octets * unit_bytes))
-            if ranks > 1:
+    def finish(acc, targets, exchange, arrived, turn, rank, warp, lane, n, out, ot, of, bias, residual, rt, rf, flags):
+        if warp < u32(row_warps):
+            ordered = cuda.local.array(total, f32)  # row by row
+            for i in range(total // of_a_row):
+                for j in range(chunks):
+                    at = i // 2 * 2 * of_a_row + i % 2 * 2 + 4 * j
+                    ordered[i * of_a_row + 2 * j] = acc[at]
+                    ordered[i * of_a_row + 2 * j + 1] = acc[at + 1]
+            token = u32((lane & u32(3)) * u32(2))
+            if ranks == 1:
+                store_rows(ordered, targets, token, n, out, ot, of, bias, residual, rt, rf, flags)
+            else:
+                place = u32(turn & u32(1))
+                signal = u32(arrived + (u32(row_warps) * place + warp) * u32(8))
+                buffer = u32(exchange + place * u32(buffer_bytes) + warp * u32(warp_bytes) + lane * u32(4 * width))
                 if lane == u32(0):
-                    mbarrier_arrive_expect_tx(signal, u32(ranks * octets * 512))
+                    mbarrier_arrive_expect_tx(signal, u32(ranks * rank_bytes))
+                own = u32(buffer + rank * u32(rank_bytes))
                 for q in range(ranks):
                     to, there = rank_address(own, u32(q)), rank_address(signal, u32(q))
-                    for i in range(octets):
-                        j = 4 * (q * octets + i)
-                        st_async_v4_f32(
-                            u32(to + u32(i * unit_bytes)), acc[j], acc[j + 1], acc[j + 2], acc[j + 3], there
-                        )
+                    for i in range(share // width):
+                        send(u32(to + u32(128 * width * i)), ordered, q * share + width * i, there)
                 warp_sync()
-            else:
-                for i in range(octets):
-                    st_shared_v4_f32(u32(own + u32(i * unit_bytes)), acc[4 * i], acc[4 * i + 1], acc[4 * i + 2],
-                                     acc[4 * i + 3])  # fmt: skip
-        if ranks > 1:
-            mbarrier_wait_parity(signal, u32((turn >> u32(1)) & u32(1)))
-        else:
-            bar_sync(u32(1), u32(128))
-        token = u32(holder * u32(16) + (lane >> u32(2)))
-        first = u32(warp // u32(token_warps))
-        if first < u32(octets):
-            for i in range(shares):
-                s0, s1, s2, s3 = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+                mbarrier_wait_parity(signal, u32((turn >> u32(1)) & u32(1)))
+                sums = cuda.local.array(share, f32)
+                for i in range(share):
+                    sums[i] = f32(0.0)
                 for q in range(ranks):
-                    unit = u32(u32(q * octets + helpers * i) + first)
-                    four = ld_shared_v4_f32(u32(buffer + unit * u32(unit_bytes)))
-                    s0 += four[0]
-                    s1 += four[1]
-                    s2 += four[2]
-                    s3 += four[3]
-                store_four(s0, s1, s2, s3, targets[2 * i], targets[2 * i + 1], token, n, out, ot, of, bias, residual,
-                           rt, rf, flags)  # fmt: skip
+                    for i in range(share // width):
+                        receive(sums, width * i, u32(buffer + u32(q * rank_bytes + 128 * width * i)))
+                within = u32(u32(rank * u32(share)) & u32(of_a_row - 1))  # 0 unless a row is shared
+                token = u32(token + (within >> u32(1)) * u32(8) + (within & u32(1)))
+                store_rows(sums, targets, token, n, out, ot, of, bias, residual, rt, rf, flags)
 
-    return begin, finish_together if config.exchange_bytes else finish_alone, 2 * shares
+    return begin, finish, rows

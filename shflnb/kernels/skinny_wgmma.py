@@ -10,12 +10,11 @@ three things at once:
                  that x, results and what lies between them stay there
     4 or 8 more  stitch: each takes every so many-th stage and copies the rows of x its columns name, 16 bytes (8
                  tokens) a thread; x is small and stays in L2. Of token-major x, two columns a thread, value by value
-    warps 0..3   multiply: D[64 tokens, v rows] += x.T @ W, whatever the number of tokens; rows of D for tokens that do
-                 not exist hold anything and go nowhere
+    warps 0..3   multiply: D[rows, tokens] += W @ x, 64 packed rows by 16, 32 or 64 tokens at a time; what D has for rows
+                 and tokens that do not exist is anything and goes nowhere
 
 A stitched row has room for 16, 32 or 64 tokens; it stands under the 32-, 64- or 128-byte swizzle of a wgmma operand
-that is contiguous along tokens. With fewer than 64, the instruction is told that all its atoms of tokens start at the
-same place.
+that is contiguous along tokens.
 
 With several ranks the blocks of a cluster share a group's kept columns, and send each other their sums through
 distributed shared memory (`skinny_exchange.py`). Blocks, or clusters, walk the records of `queue.py`.
@@ -380,23 +379,28 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
 
 
 def make_multiply(config: SkinnyConfig) -> Callable[..., Any]:
-    """Device function of the consumer warpgroup: acc += the product of a stage."""
-    v, chunks, row_bytes, x_bytes = config.v, config.chunks, config.row_bytes, config.x_bytes
-    wgmma = make_wgmma(v, config.dtype, a_mn_major=True)
-    step_a = 16 * row_bytes >> 4
-    step_b = 2 * (v // 8) * CORE_BYTES >> 4
-    # x: leading offset 0, every atom of tokens is the first one; stride offset: 8 rows of k
-    desc_a0 = (8 * row_bytes >> 4) << 32 | SWIZZLE_BITS[chunks]
+    """Device function of the consumer warpgroup: acc += the product of a stage, 64 packed rows after 64.
+
+    Of smaller groups the instruction also takes what lies behind the weights, for rows that do not exist.
+    """
+    v, tokens, row_bytes, x_bytes = config.v, 8 * config.chunks, config.row_bytes, config.x_bytes
+    first = make_wgmma(tokens, config.dtype, b_mn_major=True)
+    second = make_wgmma(tokens, config.dtype, first=tokens // 2, b_mn_major=True) if v == 128 else first
+    step_w, step_x = 2 * (v // 8) * CORE_BYTES >> 4, 16 * row_bytes >> 4
     # weights: leading offset: core matrices along k; stride offset: along packed rows
-    desc_b0 = ((v // 8) * CORE_BYTES >> 4) << 16 | (CORE_BYTES >> 4) << 32
+    desc_w0 = ((v // 8) * CORE_BYTES >> 4) << 16 | (CORE_BYTES >> 4) << 32
+    # x: one atom holds all tokens; stride offset: 8 rows of k
+    desc_x0 = (8 * row_bytes >> 4) << 32 | SWIZZLE_BITS[config.chunks]
 
     @cuda.jit(device=True, forceinline=True)
     def multiply(acc, stage_at):
         at = u32(stage_at & u32(0x3FFFF))  # bits from 24 up name the block in its cluster, not part of a descriptor
-        desc_a = u64(desc_a0) | u64(at >> u32(4))
-        desc_b = u64(desc_b0) | u64(u32(at + u32(x_bytes)) >> u32(4))
+        desc_w = u64(desc_w0) | u64(u32(at + u32(x_bytes)) >> u32(4))
+        desc_x = u64(desc_x0) | u64(at >> u32(4))
         for step in range(TILE_K // 16):
-            wgmma(acc, desc_a + u64(step * step_a), desc_b + u64(step * step_b))
+            first(acc, desc_w + u64(step * step_w), desc_x + u64(step * step_x))
+            if v == 128:
+                second(acc, desc_w + u64(step * step_w + (8 * CORE_BYTES >> 4)), desc_x + u64(step * step_x))
 
     return multiply
 
@@ -416,8 +420,8 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     the values and columns of its part, and its fourth uint32 is the number of the part; groups and k tiles count within
     the part. rows is the table of `make_own_place`.
     """
-    stages, stage_bytes, ranks, token_warps = config.stages, config.stage_bytes, config.ranks, config.token_warps
-    registers, barriers, streamer = config.v // 2, stages * stage_bytes, 4 + config.stitchers
+    stages, stage_bytes, ranks, row_warps = config.stages, config.stage_bytes, config.ranks, config.row_warps
+    registers, barriers, streamer = config.sums, stages * stage_bytes, 4 + config.stitchers
     id_rings = barriers + BARRIER_BYTES
     exchange = id_rings + config.ids_bytes
     own_tiles, stream_weights, stitch = make_own_tiles(config), make_stream_weights(config), make_stitch(config)
@@ -445,7 +449,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
                 # full: a stitching warp (its lanes where their copies arrive) and the weights; empty: the consumers
                 mbarrier_init(u32(full + u32(8 * stage)), u32(fillers))
                 mbarrier_init(u32(empty + u32(8 * stage)), u32(1))
-            for w in range(2 * token_warps):
+            for w in range(2 * row_warps):
                 mbarrier_init(u32(arrived + u32(8 * w)), u32(1))
             mbarrier_init_fence()
         cuda.syncthreads()
