@@ -12,7 +12,7 @@ from .ptx import f32, instruction, u32, u64
 
 __all__ = ["bulk_copy_g2s_hint", "bulk_prefetch_l2", "cluster_arrive_relaxed", "cluster_wait", "evict_first",
            "grid_launch_dependents", "grid_wait", "high_halves", "ld_global_l2_u16_if", "ld_global_u16_below",
-           "ld_shared_f32", "ld_shared_u32", "low_halves", "nanosleep", "rank_address", "st_async_f32"]  # fmt: skip
+           "ld_shared_f32", "ld_shared_u32", "low_halves", "nanosleep", "of_first_lane", "rank_address", "st_async_f32"]  # fmt: skip
 
 # --- clusters --------------------------------------------------------------------------------------------------------
 cluster_arrive_relaxed = instruction(
@@ -73,6 +73,8 @@ bulk_prefetch_l2 = instruction(
     "Fetch `bytes` (a multiple of 16, from a 16-byte boundary) from global memory into L2 with the copy engine.",
     "cp.async.bulk.prefetch.L2.global [$0], $1;", (u64, u32), "l,r,~{memory}")  # fmt: skip
 nanosleep = instruction("Stand still for about so many nanoseconds.", "nanosleep.u32 $0;", (u32,), "r")
+of_first_lane = instruction(
+    "What the first lane has, in all lanes.", "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", (u32,), "=r,r", u32)  # fmt: skip
 low_halves = instruction(
     "Lower halves of two words, the first in the lower half.", "prmt.b32 $0, $1, $2, 0x5410;", (u32, u32), "=r,r,r",
     u32, volatile=False)  # fmt: skip

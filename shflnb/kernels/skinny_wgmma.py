@@ -48,6 +48,8 @@ from .ptx import (
     mbarrier_init,
     mbarrier_init_fence,
     mbarrier_wait_parity,
+    no_unroll,
+    opaque,
     smem_address,
     st_shared_v4,
     warp_sync,
@@ -67,6 +69,7 @@ from .ptx_cluster import (
     ld_shared_u32,
     low_halves,
     nanosleep,
+    of_first_lane,
 )
 from .skinny_config import BARRIER_BYTES, FIRST_PLACES, PACED, TILE_K, SkinnyConfig
 from .skinny_exchange import make_finish, make_own_place
@@ -388,19 +391,19 @@ def make_multiply(config: SkinnyConfig) -> Callable[..., Any]:
     second = make_wgmma(tokens, config.dtype, first=tokens // 2, b_mn_major=True) if v == 128 else first
     step_w, step_x = 2 * (v // 8) * CORE_BYTES >> 4, 16 * row_bytes >> 4
     # weights: leading offset: core matrices along k; stride offset: along packed rows
-    desc_w0 = ((v // 8) * CORE_BYTES >> 4) << 16 | (CORE_BYTES >> 4) << 32
+    leading_w, high_w = ((v // 8) * CORE_BYTES >> 4) << 16, (CORE_BYTES >> 4) << 32
     # x: one atom holds all tokens; stride offset: 8 rows of k
-    desc_x0 = (8 * row_bytes >> 4) << 32 | SWIZZLE_BITS[config.chunks]
+    high_x = (8 * row_bytes >> 4) << 32 | SWIZZLE_BITS[config.chunks]
 
     @cuda.jit(device=True, forceinline=True)
     def multiply(acc, stage_at):
         at = u32(stage_at & u32(0x3FFFF))  # bits from 24 up name the block in its cluster, not part of a descriptor
-        desc_w = u64(desc_w0) | u64(u32(at + u32(x_bytes)) >> u32(4))
-        desc_x = u64(desc_x0) | u64(at >> u32(4))
-        for step in range(TILE_K // 16):
-            first(acc, desc_w + u64(step * step_w), desc_x + u64(step * step_x))
+        low_w, low_x = u32(u32(at + u32(x_bytes)) >> u32(4) | u32(leading_w)), u32(at >> u32(4))
+        for step in range(TILE_K // 16):  # sums of 32 bits, since nothing is carried to the upper halves
+            own_x = u64(u32(low_x + u32(step * step_x))) | u64(high_x)
+            first(acc, u64(u32(low_w + u32(step * step_w))) | u64(high_w), own_x)
             if v == 128:
-                second(acc, desc_w + u64(step * step_w + (8 * CORE_BYTES >> 4)), desc_x + u64(step * step_x))
+                second(acc, u64(u32(low_w + u32(step * step_w + (8 * CORE_BYTES >> 4)))) | u64(high_w), own_x)
 
     return multiply
 
@@ -485,15 +488,19 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
                 for r in range(registers):
                     acc[r] = f32(0.0)
                 release = u32(0)
-                for kt in range(count):
+                left = count
+                while left > u32(0):  # one copy of it: descriptors are made in uniform registers only in the first
+                    no_unroll()
+                    left = opaque(u32(left - u32(1)))
+                    stage_at = of_first_lane(u32(base + stage * u32(stage_bytes)))  # one value for the warp
                     mbarrier_wait_parity(u32(full + stage * u32(8)), phase)
-                    if not token_major:  # noqa: SIM (what copies wrote: who stitches token-major x does this itself)
+                    if not token_major:  # who stitches token-major x fences itself; copies cannot
                         fence_proxy_async()
                     wgmma_fence()
-                    multiply(acc, u32(base + stage * u32(stage_bytes)))
+                    multiply(acc, stage_at)
                     wgmma_commit()
                     wait_one()
-                    if tid == u32(0) and u32(kt) > u32(0):
+                    if tid == u32(0) and release > u32(0):
                         mbarrier_arrive(release)
                     release = u32(empty + stage * u32(8))
                     stage = u32(stage + u32(1))
