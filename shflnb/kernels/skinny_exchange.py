@@ -79,53 +79,61 @@ def make_finished(config: SkinnyConfig) -> Callable[..., Any]:
     return cuda.jit(device=True, forceinline=True)(finished)
 
 
-def make_store_row(config: SkinnyConfig, count: int) -> Callable[..., Any]:
-    """Device function that finishes and stores `count` sums of one row, from acc[first] on, for this lane's tokens.
+def make_finish_row(config: SkinnyConfig, count: int) -> Callable[..., Any]:
+    """Device function: `count` sums of a row, from sums[first] on, become results: bias, activation, residual.
 
-    They are those of pairs of neighbouring tokens, 8 apart, the first pair's first one `token`; those below n exist.
+    They are those of pairs of neighbouring tokens, 8 apart, the first one `token` (of a single sum the only one).
     """
     plain, adds_nothing = config.epilogue == "plain", config.epilogue == "plain" or config.parts
-    finished, load_bias = make_finished(config), make_load_bias(config.dtype)
-    pack, low = pack_pair[config.dtype], unpack_low[config.dtype]
+    finished, load_bias, low = make_finished(config), make_load_bias(config.dtype), unpack_low[config.dtype]
 
     @cuda.jit(device=True, forceinline=True)
-    def store_pair(first, second, row, token, n, out, ot, of, residual, rt, rf, flags, are_beside):
-        if token < n:
-            has_second = u32(token + u32(1)) < n
-            if not adds_nothing:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
-                if flags & u32(HAS_RESIDUAL):
-                    at = residual + (u64(row) * rf + u64(token) * rt) * u64(2)
-                    first = first + low(u32(ld_global_u16(at)))
-                    if has_second:
-                        second = second + low(u32(ld_global_u16(at + rt * u64(2))))
-            halves = pack(first, second)
-            to = out + (u64(row) * of + u64(token) * ot) * u64(2)
-            if are_beside and has_second:
-                st_global_u32(to, halves)
+    def finish_row(sums, first, row, token, n, bias, residual, rt, rf, flags):
+        if not plain:
+            own_bias = load_bias(bias, row, flags)
+            for i in range(count):
+                sums[first + i] = finished(sums[first + i] + own_bias, flags)
+        if not adds_nothing:  # noqa: SIM102 (a condition on its own is known when the kernel is compiled)
+            if flags & u32(HAS_RESIDUAL):
+                at = residual + u64(row) * rf * u64(2)
+                for i in range(count):
+                    own = u32(token + u32(i // 2 * 8 + i % 2))
+                    if own < n:
+                        sums[first + i] += low(u32(ld_global_u16(at + u64(own) * rt * u64(2))))
+
+    return finish_row
+
+
+def make_store_row(config: SkinnyConfig, count: int) -> Callable[..., Any]:
+    """Device function that finishes and stores the sums of a row, see `make_finish_row`; tokens below n exist."""
+    finish_row, pack = make_finish_row(config, count), pack_pair[config.dtype]
+
+    def store_row(sums, first, row, token, n, out, ot, of, bias, residual, rt, rf, flags):
+        if row != u32(NO_ROW):
+            finish_row(sums, first, row, token, n, bias, residual, rt, rf, flags)
+            at = out + (u64(row) * of + u64(token) * ot) * u64(2)
+            if ot == u64(1) and u32(at) & u32(3) == u32(0):
+                for i in range(count // 2):
+                    pair = pack(sums[first + 2 * i], sums[first + 2 * i + 1])
+                    if u32(token + u32(8 * i + 1)) < n:
+                        st_global_u32(at + u64(16 * i), pair)
+                    elif u32(token + u32(8 * i)) < n:
+                        st_global_u16(at + u64(16 * i), u16(pair & u32(0xFFFF)))
             else:
-                st_global_u16(to, u16(halves & u32(0xFFFF)))
-                if has_second:
-                    st_global_u16(to + ot * u64(2), u16(halves >> u32(16)))
+                for i in range(count // 2):
+                    pair = pack(sums[first + 2 * i], sums[first + 2 * i + 1])
+                    if u32(token + u32(8 * i)) < n:
+                        st_global_u16(at, u16(pair & u32(0xFFFF)))
+                    if u32(token + u32(8 * i + 1)) < n:
+                        st_global_u16(at + ot * u64(2), u16(pair >> u32(16)))
+                    at += ot * u64(16)
 
-    def store_row(acc, first, row, token, n, out, ot, of, bias, residual, rt, rf, flags):
+    def store_one(sums, first, row, token, n, out, ot, of, bias, residual, rt, rf, flags):
         if row != u32(NO_ROW):
-            own_bias = f32(0.0)
-            if not plain:
-                own_bias = load_bias(bias, row, flags)
-            are_beside = ot == u64(1) and (u32(out) | u32(of * u64(2))) & u32(3) == u32(0)
-            for i in range(count // 2):
-                store_pair(finished(acc[first + 2 * i] + own_bias, flags),
-                           finished(acc[first + 2 * i + 1] + own_bias, flags), row, u32(token + u32(8 * i)), n, out, ot,
-                           of, residual, rt, rf, flags, are_beside)  # fmt: skip
-
-    def store_one(acc, first, row, token, n, out, ot, of, bias, residual, rt, rf, flags):
-        """As `store_row`, of a single sum: its token is the only one."""
-        if row != u32(NO_ROW):
-            own_bias = f32(0.0)
-            if not plain:
-                own_bias = load_bias(bias, row, flags)
-            a = finished(acc[first] + own_bias, flags)
-            store_pair(a, a, row, token, min(n, u32(token + u32(1))), out, ot, of, residual, rt, rf, flags, False)
+            finish_row(sums, first, row, token, n, bias, residual, rt, rf, flags)
+            if token < n:
+                word = pack(sums[first], sums[first])
+                st_global_u16(out + (u64(row) * of + u64(token) * ot) * u64(2), u16(word & u32(0xFFFF)))
 
     return cuda.jit(device=True, forceinline=True)(store_row if count > 1 else store_one)
 
