@@ -162,6 +162,9 @@ is no other launch around it (14336 x 4096, 75 %, 16 columns: 12.7 against 13.7 
 BESIDE_BYTES = 4096
 """Shared memory of a multiprocessor that products leave to the kernels that turn x and results: 1 KiB a block."""
 
+ALONE_BYTES = (SMEM_LIMIT[90] + 1024) // 2 - 1024 + 16
+"""Shared memory of which two blocks do not fit on a multiprocessor."""
+
 
 @dataclass(frozen=True)
 class SkinnyConfig:
@@ -269,7 +272,12 @@ class SkinnyConfig:
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block, in bytes."""
+        """Dynamic shared memory of a block, in bytes: too much for two where a block has its multiprocessor alone."""
+        return max(self.used_bytes, 0 if self.blocks_per_sm == 2 else ALONE_BYTES)
+
+    @property
+    def used_bytes(self) -> int:
+        """Those of them that are used."""
         return self.stages * self.stage_bytes + BARRIER_BYTES + self.ids_bytes + self.exchange_bytes
 
     @property
@@ -303,7 +311,7 @@ def config_of(
     """The kernel for n columns and this many ranks, with as many stages as fit, or as are good; at most `stages`."""
     base = SkinnyConfig(v, room_for(n) // 8, ranks, stitchers, dtype, blocks_per_sm=1, token_major=token_major,
                         parts=parts, stitchers=stitchers)  # fmt: skip
-    rest = base.smem_bytes - base.stages * base.stage_bytes
+    rest = base.used_bytes - base.stages * base.stage_bytes
     most = min(stages, (_smem_room(blocks_per_sm) - rest) // base.stage_bytes)
     if token_major:
         smem = TOKENS_SMEM_128 if v == 128 and blocks_per_sm == 1 else TOKENS_SMEM[blocks_per_sm]

@@ -112,13 +112,10 @@ def make_store_row(config: SkinnyConfig, count: int) -> Callable[..., Any]:
         if row != u32(NO_ROW):
             finish_row(sums, first, row, token, n, bias, residual, rt, rf, flags)
             at = out + (u64(row) * of + u64(token) * ot) * u64(2)
-            if ot == u64(1) and u32(at) & u32(3) == u32(0):
+            if ot == u64(1) and (u32(at) & u32(3)) | (n & u32(1)) == u32(0):  # a pair at a time
                 for i in range(count // 2):
-                    pair = pack(sums[first + 2 * i], sums[first + 2 * i + 1])
-                    if u32(token + u32(8 * i + 1)) < n:
-                        st_global_u32(at + u64(16 * i), pair)
-                    elif u32(token + u32(8 * i)) < n:
-                        st_global_u16(at + u64(16 * i), u16(pair & u32(0xFFFF)))
+                    if u32(token + u32(8 * i)) < n:
+                        st_global_u32(at + u64(16 * i), pack(sums[first + 2 * i], sums[first + 2 * i + 1]))
             else:
                 for i in range(count // 2):
                     pair = pack(sums[first + 2 * i], sums[first + 2 * i + 1])
