@@ -125,7 +125,7 @@ def run_few(call: Call, x: Any, out: Any, n: int, bias: tuple[int, int], residua
         ldx = ceil_div(n, 8) * 8
         turn_in = turn_of_x(context, n, k, address, (token_stride, feature_stride), stream)
     turn_out, ot, of = None, out[4], out[3]
-    if out[3] == 1 and m > 1 and n > 1 and not stores_directly(m, n, stitches=token_major):
+    if out[3] == 1 and m > 1 and n > 1 and not stores_directly(m, n, k * plan.density, stitches=token_major):
         turn_out, ot, of = turn_of_out(context, n, m, out[0], out[4], stream), 1, ceil_div(n, 8) * 8
     rt, rf, flags = (0, 0, 0) if residual is None else (residual[4], residual[3], HAS_RESIDUAL)
     if token_major and is_paced(m, k, n, plan.density):

@@ -12,7 +12,7 @@ from .ptx import f32, instruction, u32, u64
 
 __all__ = ["bulk_copy_g2s_hint", "bulk_prefetch_l2", "cluster_arrive_relaxed", "cluster_wait", "evict_first",
            "grid_launch_dependents", "grid_wait", "high_halves", "ld_global_l2_u16_if", "ld_global_u16_below",
-           "ld_shared_f32", "ld_shared_u32", "low_halves", "nanosleep", "of_first_lane", "rank_address", "st_async_f32"]  # fmt: skip
+           "ld_shared_f32", "ld_shared_u32", "low_halves", "nanosleep", "rank_address", "st_async_f32"]  # fmt: skip
 
 # --- clusters --------------------------------------------------------------------------------------------------------
 cluster_arrive_relaxed = instruction(
@@ -56,12 +56,13 @@ ld_shared_f32 = {1: _ld_shared_f32, 2: _ld_shared_v2_f32, 4: _ld_shared_v4_f32}
 ld_shared_u32 = instruction("Load 4 bytes.", "ld.shared.u32 $0, [$1];", (u32,), "=r,r,~{memory}", u32)
 ld_global_u16_below = instruction(
     "Load 2 bytes, with zeros above them, if the second argument is below the third; else read nothing and give 0.",
-    "{ .reg .pred p; setp.lt.u32 p, $2, $3; mov.u32 $0, 0; @p ld.global.u16 $0, [$1]; }", (u64, u32, u32), "=r,l,r,r,~{memory}", u32)  # fmt: skip
+    "{ .reg .pred p; setp.lt.u32 p, $2, $3; mov.u32 $0, 0; @p ld.global.u16 $0, [$1]; }", (u64, u32, u32),
+    "=r,l,r,r,~{memory}", u32)  # fmt: skip
 ld_global_l2_u16_if = instruction(
-    "Load 2 bytes past L1, with zeros above them, if the second argument is not negative and the third below the fourth; "
-    "else read nothing and give 0.",
-    "{ .reg .pred p; setp.lt.u32 p, $3, $4; setp.ge.and.s32 p, $2, 0, p; mov.u32 $0, 0; @p ld.global.cg.u16 $0, [$1]; }",
-    (u64, u32, u32, u32), "=r,l,r,r,r,~{memory}", u32)  # fmt: skip
+    "Load 2 bytes past L1, with zeros above them, if the second argument is not negative and the third below the "
+    "fourth; else read nothing and give 0.",
+    "{ .reg .pred p; setp.lt.u32 p, $3, $4; setp.ge.and.s32 p, $2, 0, p; mov.u32 $0, 0; "
+    "@p ld.global.cg.u16 $0, [$1]; }", (u64, u32, u32, u32), "=r,l,r,r,r,~{memory}", u32)  # fmt: skip
 evict_first = instruction(
     "L2 policy of data that are the first to leave.", "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", (), "=l",
     u64)  # fmt: skip
@@ -73,8 +74,6 @@ bulk_prefetch_l2 = instruction(
     "Fetch `bytes` (a multiple of 16, from a 16-byte boundary) from global memory into L2 with the copy engine.",
     "cp.async.bulk.prefetch.L2.global [$0], $1;", (u64, u32), "l,r,~{memory}")  # fmt: skip
 nanosleep = instruction("Stand still for about so many nanoseconds.", "nanosleep.u32 $0;", (u32,), "r")
-of_first_lane = instruction(
-    "What the first lane has, in all lanes.", "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", (u32,), "=r,r", u32)  # fmt: skip
 low_halves = instruction(
     "Lower halves of two words, the first in the lower half.", "prmt.b32 $0, $1, $2, 0x5410;", (u32, u32), "=r,r,r",
     u32, volatile=False)  # fmt: skip

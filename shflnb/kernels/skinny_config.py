@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
 __all__ = ["ACTIVATED", "BARRIER_BYTES", "DEEP_STAGES", "EQUAL_LONG_TOKENS", "EQUAL_TOKENS", "FIRST_PLACES", "FOURS",
-           "MAX_N", "PACED", "PARTS_RANKS", "SHORT_TILES", "TILE_K", "TOKENS_STAGES_32", "TURNED_STAGES", "TURN_CHUNKS",
-           "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of",
-           "has_parts", "is_paced", "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens",
-           "without_clusters"]  # fmt: skip
+           "MAX_N", "MOST_STAGES", "PACED", "PARTS_RANKS", "SHORT_TILES", "STITCH_ALONE_STAGES", "STITCH_FEW_STAGES",
+           "STITCH_STAGES", "TILE_K", "TOKENS_STAGES_32", "TURNED_STAGES", "TURN_CHUNKS", "TURN_IN_FEATURES",
+           "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of", "has_parts", "is_paced",
+           "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens", "without_clusters"]  # fmt: skip
 
 MAX_N = 64
 """Columns that the kernel has room for."""
 
 TILE_K = 64
 """Kept columns of a stage."""
+
+MOST_STAGES = 20
+"""Of a ring."""
 
 BARRIER_BYTES = 512
 """Shared memory of the barriers."""
@@ -42,7 +46,7 @@ the second where groups are short (`SHORT_TILES`): 4096 x 4096, 75 %: 4.8 us on 
 
 MANY_64 = 1.5
 """Groups of 64 rows for each multiprocessor from which two blocks share one with 33 columns and more of feature-major x
-(14336 x 4096, 75 %: 9.4 us, alone 10.2), and from which short groups are not shared (`FEW_TOKENS`)."""
+(14336 x 4096, 75 %: 9.4 us, alone 10.2; H200, 2026-11-28)."""
 
 TURN_THREADS = 64
 """Threads of a block of the kernels that turn; 128 are 2 to 3 % slower (H100, 2026-11-26)."""
@@ -86,11 +90,15 @@ that is too soon: they hold up the last stages of the product before (4096 x 409
 5.3). The second for blocks alone on their multiprocessor with long groups (`SHORT_TILES`), where less depends on it
 (4096 x 14336, 75 %, 8 columns: 8.8 us in place of 8.9)."""
 
-FEW_TOKENS = 4
-"""Columns up to which a product that stitches token-major x waits for its weights: two blocks with 64 rows on a
-multiprocessor then have eight stages and as many stitching warps each (14336 x 4096, 75 %, 1 column: 7.4 us in place of
-7.9; 28672 x 4096: 14.5 in place of 14.9), and a short group is not shared where there are many (28672 x 4096, 87.5 %, 4
-columns: 8.5 us in place of 9.5; H200, 2026-11-28)."""
+WHOLE_TOKENS, WHOLE_64 = 4, 3
+"""Columns up to which short groups of 64 rows are not shared where there are so many for each multiprocessor (28672 x
+4096, 87.5 %, 1 column: 7.2 us, shared 7.7; 14336 x 4096, 4 columns: 5.9, shared 5.1; H200, 2026-11-28)."""
+
+STITCH_STAGES, STITCH_FEW_STAGES, STITCH_FEW_TOKENS, STITCH_ALONE_STAGES = 6, 8, 8, 10
+"""Stages of two blocks with 64 rows that stitch token-major x of up to 16 columns, the second up to so many of them,
+whose x needs less of L1 (28672 x 4096, 75 %: 8 columns 15.4 us with 8, 15.7 with 6; 16 columns 17.4 with 8, 16.6 with
+6), unless their results are turned, which 6 are better for (87.5 %, 8 columns: 9.4 us in place of 9.7); and of one that
+has its multiprocessor alone (4096 x 14336, 87.5 %, 8 columns: 5.7 us, 5.8 with 8; H200, 2026-11-28)."""
 
 PARTS_RANKS = 4
 """Most blocks of a cluster where a matrix has parts: they have few groups only if all of them are small."""
@@ -109,12 +117,14 @@ TOKENS_SMEM_128 = 164 * 1024
 """The first of these for groups of 128 rows, whose stages are large."""
 
 TOKENS_STAGES, TOKENS_STAGES_32 = 12, 8
-"""Most stages of such a block, and of one of two with groups of 32 rows: 14336 x 4096, 75 %, 8 columns: 11.5 us with 8,
-13.3 with 12 (H200, 2026-11-28). Alone on its multiprocessor it needs all 12 for the weights that are on their way."""
+"""Most stages of such a block, and of one with groups of 32 rows: 14336 x 4096, 75 %, 8 columns: 11.5 us with 8, 13.3
+with 12 (H200, 2026-11-28)."""
 
 MANY_32 = 2
-"""Groups of 32 rows for each multiprocessor from which two blocks share one (what they read of x then stays in L1),
-from which a group is not shared with 17 columns or more, and from which eight stages are enough for up to 16."""
+"""Groups of 32 rows for each multiprocessor from which four stitching warps a block are better than eight, as three of
+its blocks then find room (28672 x 4096, 75 %, 8 columns: 17.0 us, with eight 19.3; 6144 x 4096: 6.0, with eight 5.65;
+H200, 2026-11-28), from which a group is not shared with 17 columns or more, and from which eight stages are enough for
+up to 16."""
 
 SHORT_TILES = 24
 """k tiles of a group below which its end counts: it is then not shared for the sake of an even last round. Few groups
@@ -153,11 +163,17 @@ MANY_ROWS = 8192
 X_VALUES, X_VALUES_LONG = 65_536, 262_144
 """Most values of x that two and eight blocks can keep in L1 between them."""
 
-DIRECT_VALUES, DIRECT_FEW_VALUES = 80_000, 400_000
-"""Values of a token-major result that are stored one by one, with 16 columns or more and with fewer; more of them are
-turned by a kernel of their own. L2 takes about 80 such stores a nanosecond, and that kernel costs 1.5 to 3 us (H100,
-2026-11-26). Three times as many where the product also stitches x: then its groups end one after the other, and there
-is no other launch around it (14336 x 4096, 75 %, 16 columns: 12.7 against 13.7 us; H100, 2026-11-28)."""
+DIRECT_VALUES, DIRECT_TURNED_VALUES, DIRECT_FEW_VALUES = 80_000, 60_000, 400_000
+"""Values of a token-major result that are stored one by one, with 16 columns or more, with just 16 if x was turned
+before (4096 x 14336, 87.5 %: 7.3 us, results turned 6.9), and with fewer; more of them are turned by a kernel of their
+own. L2 takes 30 to 80 such stores a nanosecond, and that kernel costs 1.5 to 3 us (H100, 2026-11-26; H200, 2026-11-28).
+Three times the first where the product also stitches x: then its groups end one after the other, and there is no other
+launch around it (14336 x 4096, 75 %, 16 columns: 12.7 against 13.7 us; H100, 2026-11-28)."""
+
+DIRECT_HIDDEN_VALUES, DIRECT_KEPT = 150_000, 80
+"""With fewer than 16 columns more than so many values only if so many columns of a group are kept for each of the
+result: while their weights arrive the stores go unnoticed (28672 x 4096, 8 columns: 75 % 15.3 us, turned 15.7; 87.5 %
+9.9, turned 9.4; H200, 2026-11-28)."""
 
 BESIDE_BYTES = 4096
 """Shared memory of a multiprocessor that products leave to the kernels that turn x and results: 1 KiB a block."""
@@ -195,7 +211,7 @@ class SkinnyConfig:
             raise ArgumentError(f"dtype is {self.dtype!r}; the GPU kernels take float16 and bfloat16")
         if self.epilogue not in EPILOGUES:
             raise ArgumentError(f"epilogue is {self.epilogue!r}; expected one of {EPILOGUES}")
-        if self.blocks_per_sm not in (1, 2) or not 4 <= self.stages <= 20:
+        if self.blocks_per_sm not in (1, 2) or not 4 <= self.stages <= MOST_STAGES:
             raise ArgumentError(f"{self.blocks_per_sm} blocks, {self.stages} stages; expected 1 or 2, and 4 to 20")
         if self.stitchers not in (4, 8) or self.stitchers > self.stages:
             raise ArgumentError(f"{self.stitchers} stitching warps, {self.stages} stages; expected 4 or 8, and as many "
@@ -203,6 +219,12 @@ class SkinnyConfig:
         room = _smem_room(self.blocks_per_sm)
         if self.smem_bytes > room:
             raise ArgumentError(f"{self.smem_bytes} bytes of shared memory; {self.blocks_per_sm} blocks have {room}")
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks of a multiprocessor that there must be registers for."""
+        is_small = self.v <= 32 and self.token_major and self.stitchers == 4
+        return 3 if is_small and self.blocks_per_sm == 2 else self.blocks_per_sm
 
     @property
     def row_bytes(self) -> int:
@@ -306,19 +328,21 @@ def room_for(n: int) -> int:
 
 def config_of(
     v: int, n: int, ranks: int, dtype: str, blocks_per_sm: int, *, token_major: bool = False, parts: bool = False,
-    stitchers: int = 4, stages: int = 20,
+    stitchers: int = 4, stages: int = MOST_STAGES,
 ) -> SkinnyConfig:  # fmt: skip
-    """The kernel for n columns and this many ranks, with as many stages as fit, or as are good; at most `stages`."""
+    """The kernel for n columns and this many ranks, with as many stages as fit, and are good unless `stages` are given;
+    at most so many.
+    """
     base = SkinnyConfig(v, room_for(n) // 8, ranks, stitchers, dtype, blocks_per_sm=1, token_major=token_major,
                         parts=parts, stitchers=stitchers)  # fmt: skip
     rest = base.used_bytes - base.stages * base.stage_bytes
     most = min(stages, (_smem_room(blocks_per_sm) - rest) // base.stage_bytes)
-    if token_major:
+    if token_major and stages == MOST_STAGES:
         smem = TOKENS_SMEM_128 if v == 128 and blocks_per_sm == 1 else TOKENS_SMEM[blocks_per_sm]
         beside = (smem // blocks_per_sm - 1024 - rest) // base.stage_bytes
         good = TOKENS_STAGES_32 if v == 32 and blocks_per_sm == 2 else TOKENS_STAGES
         most = min(most, good, max(beside, stitchers))
-    elif v == 32:
+    elif v == 32 and not token_major:
         most = min(most, TOKENS_STAGES)
     return replace(base, stages=most, blocks_per_sm=blocks_per_sm)
 
@@ -337,18 +361,15 @@ def choose_config(
     from, so that there are fewer to compile and check.
     """
     if token_major:
-        ranks, blocks, stages = _choose_stitching(v, n, groups, tiles, sm_count, parts)
-    elif v == 64 and not parts:
+        return _choose_stitching(v, n, groups, tiles, dtype, sm_count, parts)
+    if v == 64 and not parts:
         choose = _choose_turned if is_turned else _choose_feature
         ranks, blocks, stages = choose(n, groups, tiles, sm_count)
     elif v == 32 and is_turned and not parts:
         ranks, blocks, stages = _choose_turned_32(n, groups, sm_count)
     else:
         ranks, blocks, stages = _choose_plain(v, n, groups, tiles, sm_count, parts)
-    ranks = min(ranks, v // 8)
-    is_swift = v == 64 and n <= FEW_TOKENS and ranks <= 2 and not parts
-    return config_of(v, n, ranks, dtype, blocks, token_major=token_major, parts=parts,
-                     stitchers=8 if token_major and (blocks == 1 or is_swift) else 4, stages=stages)  # fmt: skip
+    return config_of(v, n, min(ranks, v // 8), dtype, blocks, parts=parts, stages=stages)
 
 
 def _ranks_that_fill(share: float, work: float, sm_count: int) -> int:
@@ -367,7 +388,7 @@ def _choose_plain(v: int, n: int, groups: int, tiles: int, sm_count: int, parts:
     if ranks == 1 and n <= 32 and tiles >= 16 * groups:
         ranks = 2
     is_alone = v == 128 or (n > 32 and ranks * work < 2 * FILLED * sm_count and not parts)
-    return min(ranks, PARTS_RANKS if parts else 8), 1 if is_alone else 2, 20
+    return min(ranks, PARTS_RANKS if parts else 8), 1 if is_alone else 2, MOST_STAGES
 
 
 def _choose_feature(n: int, groups: int, tiles: int, sm_count: int) -> tuple[int, int, int]:
@@ -379,7 +400,7 @@ def _choose_feature(n: int, groups: int, tiles: int, sm_count: int) -> tuple[int
     if room == 64:
         share = FILLED_TURNED if is_long else FILLED_SHORT
         is_shared = groups >= MANY_64 * sm_count
-        return (1, 2, 20) if is_shared else (_ranks_that_fill(share, groups, sm_count), 1, TURNED_STAGES)
+        return (1, 2, MOST_STAGES) if is_shared else (_ranks_that_fill(share, groups, sm_count), 1, TURNED_STAGES)
     ranks, blocks, stages = _choose_plain(64, n, groups, tiles, sm_count, parts=False)
     if ranks == 2 and is_long and groups < (sm_count if room == 32 else sm_count / 2):
         return ranks, 1, TURNED_STAGES
@@ -395,7 +416,7 @@ def _choose_turned(n: int, groups: int, tiles: int, sm_count: int) -> tuple[int,
     if ranks == 1 and room == 32 and tiles >= SHORT_TILES * groups:
         ranks = 2 if _evenness(groups, max(1, sm_count // 2)) > _evenness(groups, sm_count) + 0.1 else 1
     if ranks > 2 and room <= 32:
-        return ranks, 2, 20
+        return ranks, 2, MOST_STAGES
     is_deep = room <= 32 and tiles >= DEEP_TILES * sm_count
     return ranks, 1, DEEP_STAGES if is_deep else TURNED_STAGES
 
@@ -404,9 +425,9 @@ def _choose_turned_32(n: int, groups: int, sm_count: int) -> tuple[int, int, int
     """The same with 32 rows: two blocks share a multiprocessor, but for 33 columns and more of a few groups."""
     room, is_many = room_for(n), groups >= MANY_32 * sm_count
     if room == 64:
-        return _ranks_that_fill(FILLED, groups, sm_count), 2 if is_many else 1, 20
+        return _ranks_that_fill(FILLED, groups, sm_count), 2 if is_many else 1, MOST_STAGES
     ranks = 1 if room == 32 and is_many else max(2, _ranks_that_fill(FILLED, groups / 2, sm_count))
-    return ranks, 2, TOKENS_STAGES_32 if room == 16 and is_many else 20
+    return ranks, 2, TOKENS_STAGES_32 if room == 16 and is_many else MOST_STAGES
 
 
 def _evenness(groups: int, clusters: int) -> float:
@@ -414,14 +435,16 @@ def _evenness(groups: int, clusters: int) -> float:
     return groups / (clusters * -(-groups // clusters))
 
 
-def _choose_stitching(v: int, n: int, groups: int, tiles: int, sm_count: int, parts: bool) -> tuple[int, int, int]:
-    """The same for kernels that stitch token-major x.
+def _choose_stitching(
+    v: int, n: int, groups: int, tiles: int, dtype: str, sm_count: int, parts: bool
+) -> SkinnyConfig:  # fmt: skip
+    """The kernel that stitches token-major x.
 
-    Long groups of 128 rows have eight ranks. Two blocks share a multiprocessor unless a stage is large, or there is one
-    for each anyway, or there are a few groups of 32 rows, or more than 16 columns.
+    Long groups of 128 rows have eight ranks. Two blocks share a multiprocessor unless a stage is large, or there is no
+    more than a group of 64 rows for each, or there are more than 16 columns.
     """
     ranks = _ranks_that_fill(FILLED, groups * v / 64, sm_count)
-    is_whole = v == 64 and n <= FEW_TOKENS and tiles < 16 * groups and groups >= MANY_64 * sm_count and not parts
+    is_whole = v == 64 and n <= WHOLE_TOKENS and tiles < 16 * groups and groups >= WHOLE_64 * sm_count and not parts
     if ranks == 1 and tiles >= 8 * groups and not is_whole:
         ranks = 2
     if v == 128 and tiles >= LONG_TILES * groups:
@@ -431,17 +454,25 @@ def _choose_stitching(v: int, n: int, groups: int, tiles: int, sm_count: int, pa
     else:  # two k tiles for each
         ranks = next((r for r in (8, 4, 2) if r <= ranks and 2 * r * groups <= tiles), 1)
     ranks = min(ranks, v // 8, PARTS_RANKS if parts else 8)
-    few = {32: MANY_32 * sm_count, 64: sm_count / 2}
-    is_alone = v == 128 or (not parts and (n > 16 or (ranks == 2 and groups <= few.get(v, 0))))
-    return ranks, 1 if is_alone else 2, 20
+    is_alone = v == 128 or (not parts and (n > 16 or (v == 64 and ranks == 2 and groups <= sm_count)))
+    stitchers, stages = 8 if is_alone else 4, MOST_STAGES
+    if v == 64 and n <= 16 and is_alone:
+        stages = STITCH_ALONE_STAGES
+    elif v == 64 and n <= 16 and not parts:
+        is_direct = stores_directly(groups * v, n, TILE_K * tiles / groups, stitches=True)
+        stages = STITCH_FEW_STAGES if n <= STITCH_FEW_TOKENS and ranks <= 2 and is_direct else STITCH_STAGES
+    elif v == 32 and ranks == 2 and groups <= MANY_32 * sm_count and not parts:
+        stitchers = 8
+    return config_of(v, n, ranks, dtype, 1 if is_alone else 2, token_major=True, parts=parts, stitchers=stitchers,
+                     stages=stages)  # fmt: skip
 
 
 def without_clusters(config: SkinnyConfig) -> SkinnyConfig:
     """The kernel that takes the place of another where a device has no room for clusters, as a part of one may."""
     blocks, stitchers, n = config.blocks_per_sm, config.stitchers, 8 * config.chunks
-    stages = config.stages if config.v == 64 and blocks == 1 else 20
+    stages = config.stages if config.v == 64 and blocks == 1 else MOST_STAGES
     if config.token_major and config.v < 128 and n == 16:
-        blocks, stitchers = 2, 4
+        blocks, stitchers, stages = 2, 4, STITCH_STAGES if config.v == 64 and not config.parts else MOST_STAGES
     alone = config_of(config.v, n, 1, config.dtype, blocks, token_major=config.token_major, parts=config.parts,
                       stitchers=stitchers, stages=stages)  # fmt: skip
     return alone.with_epilogue(config.epilogue)
@@ -464,7 +495,7 @@ def takes_tokens(m: int, k: int, n: int, v: int, density: float) -> bool:
     is_long = v == 128 and k * density >= LONG_TILES * TILE_K
     fits = k * n <= (X_VALUES_LONG if is_long else X_VALUES)
     if n > 8 and v >= 64 and not is_long:
-        is_turned_in_any_case = fits and not stores_directly(m, n, stitches=True)
+        is_turned_in_any_case = fits and not stores_directly(m, n, k * density, stitches=True)
         return m * k * n <= READ_X[v] * v * density * (READ_X_TURNED if is_turned_in_any_case else 1)
     is_far = k * n > FAR_X or (v == 32 and m * k * density > FAR_KEPT)
     return (m <= MANY_ROWS or fits) and n <= (FAR_SPREAD if is_far else TOKENS_SPREAD)[v] * density
@@ -476,14 +507,17 @@ def is_paced(m: int, k: int, n: int, density: float) -> bool:
     return n >= tokens * density and (n > 8 or m * k * density >= PACED_VALUES)
 
 
-def stores_directly(m: int, n: int, *, parts: bool = False, stitches: bool = False) -> bool:
+def stores_directly(m: int, n: int, kept: float = inf, *, parts: bool = False, stitches: bool = False) -> bool:
     """Whether the product itself stores a token-major result, 2 bytes at a time.
 
-    `stitches`: it also stitches token-major x. With `parts` m is that of all of them together: the alternative is to
-    turn each, by a launch of its own.
+    `kept`: columns of a group. `stitches`: it also stitches token-major x. With `parts` m is that of all of them
+    together: the alternative is to turn each, by a launch of its own.
     """
     if n < 16:
-        return m * n <= DIRECT_FEW_VALUES
+        is_hidden = parts or m * n <= DIRECT_HIDDEN_VALUES or kept >= DIRECT_KEPT * n
+        return m * n <= DIRECT_FEW_VALUES and is_hidden
+    if n == 16 and not (parts or stitches):
+        return m * n <= DIRECT_TURNED_VALUES
     return m * n <= DIRECT_VALUES * (2 if parts else 3 if stitches else 1)
 
 

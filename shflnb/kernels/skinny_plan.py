@@ -95,7 +95,7 @@ def kernel_spec(config: SkinnyConfig) -> KernelSpec:
         return make_skinny_wgmma(config)
 
     return KernelSpec(repr(config), config.name, "skinny_sm90", make, ARGUMENTS, config.threads, config.smem_bytes,
-                      config.blocks_per_sm)  # fmt: skip
+                      config.resident_blocks)  # fmt: skip
 
 
 def turn_in_spec() -> KernelSpec:

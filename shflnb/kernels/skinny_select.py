@@ -15,7 +15,11 @@ from .remembered import FEW
 from .select import table_key
 from .skinny_config import (
     DEEP_STAGES,
+    MOST_STAGES,
     PARTS_RANKS,
+    STITCH_ALONE_STAGES,
+    STITCH_FEW_STAGES,
+    STITCH_STAGES,
     TOKENS_STAGES_32,
     TURNED_STAGES,
     SkinnyConfig,
@@ -32,7 +36,7 @@ LAYOUTS = ("feature", "token")
 """Layouts of x, and of the result beside it."""
 
 
-ALONE = {(128, 16): (1, 2, 4, 8), (64, 16): (2,), (64, 32): (1, 2, 8), (32, 16): (2,)}
+ALONE = {(128, 16): (1, 2, 4, 8), (64, 16): (2,), (64, 32): (1, 2, 8)}
 """By rows of a group and room for tokens: the ranks with which a block alone on its multiprocessor stitches token-major
 x with eight warps. Where there are no clusters, there is one rank."""
 
@@ -52,19 +56,23 @@ def few_candidates(v: int, n: int, dtype: str, layout: str = "token") -> list[Sk
         if v < 128 and (tokens < 64 or ranks == 1):
             found.append(config_of(v, tokens, ranks, dtype, 2))
         if v == 128 or tokens == 64:
-            found.append(config_of(v, tokens, ranks, dtype, 1, stages=TURNED_STAGES if v == 64 else 20))
+            found.append(config_of(v, tokens, ranks, dtype, 1, stages=TURNED_STAGES if v == 64 else MOST_STAGES))
         elif v == 64 and ranks <= 2:
             found += [config_of(v, tokens, ranks, dtype, 1, stages=stages) for stages in (TURNED_STAGES, DEEP_STAGES)]
         if (v, tokens, ranks) == (32, 16, 2):
             found.append(config_of(v, tokens, ranks, dtype, 2, stages=TOKENS_STAGES_32))
         if layout == "feature" or tokens == 64:
             continue
-        if tokens == 16 and v < 128:
+        if tokens == 16 and v == 64:
+            kinds = (STITCH_STAGES, STITCH_FEW_STAGES) if ranks <= 2 else (STITCH_STAGES,)
+            found += [config_of(v, tokens, ranks, dtype, 2, token_major=True, stages=stages) for stages in kinds]
+        elif tokens == 16 and v < 128:
             found.append(config_of(v, tokens, ranks, dtype, 2, token_major=True))
-            if v == 64 and ranks <= 2:
+            if (v, ranks) == (32, 2):
                 found.append(config_of(v, tokens, ranks, dtype, 2, token_major=True, stitchers=8))
         if ranks in ALONE.get((v, tokens), ()):
-            found.append(config_of(v, tokens, ranks, dtype, 1, token_major=True, stitchers=8))
+            stages = STITCH_ALONE_STAGES if (v, tokens) == (64, 16) else MOST_STAGES
+            found.append(config_of(v, tokens, ranks, dtype, 1, token_major=True, stitchers=8, stages=stages))
     return found
 
 

@@ -10,8 +10,8 @@ three things at once:
                  that x, results and what lies between them stay there
     4 or 8 more  stitch: each takes every so many-th stage and copies the rows of x its columns name, 16 bytes (8
                  tokens) a thread; x is small and stays in L2. Of token-major x, two columns a thread, value by value
-    warps 0..3   multiply: D[rows, tokens] += W @ x, 64 packed rows by 16, 32 or 64 tokens at a time; what D has for rows
-                 and tokens that do not exist is anything and goes nowhere
+    warps 0..3   multiply: D[64 packed rows, 16, 32 or 64 tokens] += W @ x; what D has for rows and tokens that do not
+                 exist is anything and goes nowhere
 
 A stitched row has room for 16, 32 or 64 tokens; it stands under the 32-, 64- or 128-byte swizzle of a wgmma operand
 that is contiguous along tokens.
@@ -50,6 +50,7 @@ from .ptx import (
     mbarrier_wait_parity,
     no_unroll,
     opaque,
+    shuffle,
     smem_address,
     st_shared_v4,
     warp_sync,
@@ -69,7 +70,6 @@ from .ptx_cluster import (
     ld_shared_u32,
     low_halves,
     nanosleep,
-    of_first_lane,
 )
 from .skinny_config import BARRIER_BYTES, FIRST_PLACES, PACED, TILE_K, SkinnyConfig
 from .skinny_exchange import make_finish, make_own_place
@@ -492,7 +492,7 @@ def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
                 while left > u32(0):  # one copy of it: descriptors are made in uniform registers only in the first
                     no_unroll()
                     left = opaque(u32(left - u32(1)))
-                    stage_at = of_first_lane(u32(base + stage * u32(stage_bytes)))  # one value for the warp
+                    stage_at = shuffle(u32(base + stage * u32(stage_bytes)), u32(0))  # one value for the warp
                     mbarrier_wait_parity(u32(full + stage * u32(8)), phase)
                     if not token_major:  # who stitches token-major x fences itself; copies cannot
                         fence_proxy_async()

@@ -207,7 +207,7 @@ def _few_columns(
     nbytes = half.values.nbytes
     shared = "" if config.ranks == 1 else f", {config.ranks} blocks to a group"
     turns = [] if config.token_major else ["x is turned before it"]
-    is_stored = n == 1 or stores_directly(m, n, stitches=config.token_major)
+    is_stored = n == 1 or stores_directly(m, n, k * problem.density, stitches=config.token_major)
     turns += [] if is_stored else ["the result is turned after it"]
     layout = f"; token-major: {' and '.join(turns) or 'one kernel, nothing is turned'}"
     return Explanation(
