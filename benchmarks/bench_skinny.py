@@ -2,6 +2,7 @@
 
     python benchmarks/bench_skinny.py --quick --out DIR     the cases that have a bar, about a minute on an H200
     python benchmarks/bench_skinny.py --full --out DIR      every layer, n, sparsity and v
+    python benchmarks/bench_skinny.py --full --inputs rotated      of those only with weights from device memory
     python benchmarks/bench_skinny.py --device cpu          a few small cases with the host's clock
 
 `F.linear`'s meaning, token-major x and result, and on the large layers feature-major ones (op "matmul"), too. Weights
@@ -35,6 +36,7 @@ FIELDS = (
     "copy_gbps", "percent_of_copy", "error", "note",
 )  # fmt: skip
 COLUMNS = (1, 2, 4, 8, 16, 32, 64)
+INPUTS = ("rotated", "warm")
 COPY_BYTES = 1 << 30
 LAYOUTS = {"linear": "token", "matmul": "feature"}
 """Of x and of the result, by the operation of a case."""
@@ -55,8 +57,8 @@ def layers() -> list[tuple[str, int, int]]:
     return [(name, m, k) for (m, k), name in found.items()]
 
 
-def cases_of(level: str, device: str) -> list[Case]:
-    """What a level measures, a (m, k) at a time."""
+def cases_of(level: str, device: str, among: Sequence[str] = INPUTS) -> list[Case]:
+    """What a level measures, a (m, k) at a time; `among`: with which inputs."""
     if device == "cpu":
         return [Case(Shape("small", 256, 256, n), 0.75, 64, "float32", op="linear", inputs="rotated") for n in (1, 16)]
     found = []
@@ -68,7 +70,7 @@ def cases_of(level: str, device: str) -> list[Case]:
                 kinds += [(s, 64) for s in (0.5, 0.6, 0.875)] + [(0.75, 32), (0.75, 128)]
             elif (m, k) in LARGE_LAYERS:
                 kinds += [(0.875, 64)] * (n <= 16) + [(0.5, 64)] * (n == 32) + [(0.75, 32), (0.75, 128)] * (n == 8)
-            for inputs in ("rotated", "warm"):
+            for inputs in among:
                 found += [Case(shape, sparsity, v, op="linear", inputs=inputs) for sparsity, v in kinds]
                 if (m, k) in LARGE_LAYERS and n >= 8 and inputs == "rotated":
                     found.append(Case(shape, 0.75, 64, op="matmul", inputs=inputs))
@@ -154,15 +156,15 @@ def time_group(
     return f"{line} | {'; '.join(parts)}", wrong
 
 
-def run(level: str, device: str, out: Path, seconds: float) -> int:
-    """Measure a level; the exit code."""
+def run(level: str, device: str, out: Path, seconds: float, among: Sequence[str] = INPUTS) -> int:
+    """Measure a level, with these inputs; the exit code."""
     budget = Budget(seconds)
     name, before = results_name(device), machine(device)
     copy = copy_gbps(device)
     results = Results(out / f"{name}.skinny.csv", FIELDS)
     common = {"gpu": name, "date": datetime.date.today().isoformat()}
     groups: dict[tuple[Any, ...], list[Case]] = {}
-    for case in cases_of(level, device):
+    for case in cases_of(level, device, among):
         groups.setdefault((case.shape, case.dtype, case.inputs), []).append(case)
     weights, matrix, wrong, left_out = Weights(device), None, 0, []
     for (shape, dtype, inputs), members in groups.items():
@@ -190,9 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level.add_argument("--full", action="store_const", dest="level", const="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the JSON")
+    parser.add_argument("--inputs", choices=INPUTS, help="only these; both unless it is given")
     parser.add_argument("--budget-s", type=float, default=300.0, help="begin nothing after so many seconds")
     given = parser.parse_args(arguments)
-    return run(given.level, given.device, given.out, given.budget_s)
+    among = INPUTS if given.inputs is None else (given.inputs,)
+    return run(given.level, given.device, given.out, given.budget_s, among)
 
 
 if __name__ == "__main__":
