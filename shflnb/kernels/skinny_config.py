@@ -30,11 +30,13 @@ FIRST_PLACES = 0x9E3779B1
 """A group begins at this multiple of its number, in 2**32-ths of its k tiles: the golden ratio's, so that any groups
 that run at once begin far apart."""
 
-MEMORY_BYTES_PER_US = 31_800.0
-"""Bytes that a multiprocessor's share of device memory delivers: 4.2 TB/s over 132 of them (H200, 2026-11-22)."""
+MEMORY_BYTES_PER_US = 33_500.0
+"""Bytes that a multiprocessor's share of device memory delivers: 4.4 TB/s over 132 of them, which a product with one
+column of 28672 x 4096 nearly gets (H200, 2026-11-28)."""
 
-START_US = 2.4
-"""What a product costs beside the bytes of its weights (H200, 2026-11-22, 15 to 120 MB, CUDA graphs)."""
+START_US = 1.5
+"""What a product costs beside the bytes of its weights: 0.2 us with one column of a large layer to 2.3 with eight of a
+small one (H200, 2026-11-28, 8 to 60 MB, CUDA graphs)."""
 
 FILLED = 0.9
 """Share of the multiprocessors that must have work before a group is not split further."""

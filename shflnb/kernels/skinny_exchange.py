@@ -214,7 +214,7 @@ def make_finish(config: SkinnyConfig) -> tuple[Callable[..., Any], Callable[...,
     @cuda.jit(device=True, forceinline=True)
     def begin(targets, row_table, group, warp, lane, rank):
         if warp < u32(row_warps):
-            for i in range(rows):  # the first row of a 64, or that 8 rows on, of all 64s
+            for i in range(rows):  # of each 64 packed rows two are this lane's, 8 apart
                 place = u32(u32(rank * u32(share)) // u32(of_a_row) + u32(i))
                 row = u32(group * u32(v) + (place >> u32(1)) * u32(64) + warp * u32(16) + (place & u32(1)) * u32(8)
                           + (lane >> u32(2)))  # fmt: skip

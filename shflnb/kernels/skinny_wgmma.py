@@ -196,7 +196,10 @@ def fetch_ahead(ahead, aheads, block, blocks):
 
 
 def make_load_tokens(octets: int) -> Callable[..., Any]:
-    """Device function: so many times eight tokens, those below n, of two columns `stride` bytes apart into `half`."""
+    """Device function: `half` = so many times eight tokens of one column, then of another; those below n.
+
+    Tokens are `stride` bytes apart, the first of them at `at`; the columns lie `first` and `second` bytes behind that.
+    """
     count = 8 * octets
 
     @cuda.jit(device=True, forceinline=True)
@@ -210,7 +213,7 @@ def make_load_tokens(octets: int) -> Callable[..., Any]:
 
 
 def make_store_tokens(config: SkinnyConfig, octets: int) -> Callable[..., Any]:
-    """Device function: what `make_load_tokens` loaded into a stage, from chunk `chunk` on; 0 where a mask is."""
+    """Device function: what `make_load_tokens` loaded into a stage, from chunk `chunk` on, under a mask by column."""
     count, row_bytes = 8 * octets, config.row_bytes
 
     @cuda.jit(device=True, forceinline=True)
@@ -240,7 +243,7 @@ def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
     @cuda.jit(device=True, forceinline=True)
     def stitch_tokens(stage_at, own_ids, lane, x, n, stride, empty_at, phase):
         first, second = ld_shared_u32(own_ids), ld_shared_u32(u32(own_ids + u32(128)))
-        first_mask, second_mask = ~u32(i32(first) >> i32(31)), ~u32(i32(second) >> i32(31))  # 0: no column
+        first_mask, second_mask = ~u32(i32(first) >> i32(31)), ~u32(i32(second) >> i32(31))  # 0: there is no column
         first, second = u32((first & first_mask) << u32(1)), u32((second & second_mask) << u32(1))
         swizzle = u32((lane >> u32(coarse)) & u32(mask))
         to = u32(stage_at + lane * u32(row_bytes))
