@@ -164,6 +164,17 @@ def test_few_columns(v: int, n: int, m: int, k: int, sms: int, ranks: int, monke
         assert device.machine.memory.unwritten_reads == 0
 
 
+@pytest.mark.parametrize("pitch", [20, 21])
+def test_neighbouring_tokens_are_stored_together_where_they_may(pitch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rows an odd number of values apart every other one starts within a word; the emulator refuses that."""
+    device = install(monkeypatch, EmulatedDevice(1, sm_count=2))
+    packed = random_packed(69, 130, 64, seed=pitch, integers=True)
+    x = integers(np.random.default_rng(pitch), (130, 20), "float16")
+    out = device.empty(69, 20, "float16", pitch=pitch)
+    device_matmul(packed, device.array(x), out=out)
+    assert (device.read(out).astype(np.float64) == product(packed, x)).all()
+
+
 MANY = [
     # v, n, ranks, whether the product stitches token-major x, warps that stitch
     (64, 16, 4, False, 4), (32, 64, 2, False, 4), (64, 30, 8, False, 4), (16, 9, 1, False, 4), (128, 40, 2, False, 4),
