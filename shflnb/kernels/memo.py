@@ -3,7 +3,8 @@ once.
 
 A warm `matmul` has 12 us of host time to spend (what torch.matmul costs); checking every argument again takes twice
 that. A memo is kept under everything the checks looked at, except the addresses, whose alignment is checked here. Calls
-with `out`, a residual, other frameworks' arrays or unusual strides take the long road in `spmm_device.py`.
+with a residual, another `out` than `takes_result` wants, other frameworks' arrays or unusual strides take the long road
+in `spmm_device.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from .skinny_plan import SkinnyRoad, launch_skinny
 from .transpose_config import transpose_flags
 from .views import torch_stream
 
-__all__ = ["KINDS", "FewColumnsMemo", "ProductMemo", "ProductPart", "memo_key", "quick_product", "quick_transpose"]
+__all__ = [
+    "KINDS",
+    "FewColumnsMemo",
+    "ProductMemo",
+    "ProductPart",
+    "memo_key",
+    "quick_product",
+    "quick_transpose",
+    "takes_result",
+]
 
 KINDS = {"token": "linear", "feature": "linear, feature-major"}
 """By the layout of a result of `linear`, what its memos are kept under; those of `matmul` under "matmul"."""
@@ -76,7 +86,18 @@ def memo_key(kind: str, x: Any, bias: Any, activation: str | None) -> tuple[Any,
     return ("memo", kind, x.dtype, x.shape, x.stride(), x.get_device(), activation, about_bias)
 
 
-def quick_product(packed: ShflBWMatrix, kind: str, x: Any, bias: Any, activation: str | None) -> Any:
+def takes_result(out: Any, x: Any, shape: tuple[int, ...]) -> bool:
+    """Whether `out` can take the place of a new result: contiguous, aligned, of x's dtype and device, and not on x."""
+    if getattr(out, "data_ptr", None) is None or out.dtype != x.dtype or out.shape != shape:
+        return False
+    at, start = out.data_ptr(), x.data_ptr()
+    if at & 15 or out.get_device() != x.get_device() or not out.is_contiguous() or out.requires_grad:
+        return False
+    x_values = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return bool(at + 2 * out.numel() <= start or start + 2 * x_values <= at)
+
+
+def quick_product(packed: ShflBWMatrix, kind: str, x: Any, bias: Any, activation: str | None, out: Any = None) -> Any:
     """The product by memo, or None when there is none; `kind` is "matmul" or one of `KINDS`."""
     memo: ProductMemo | FewColumnsMemo | None = packed.launch_cache.get(memo_key(kind, x, bias, activation))
     if memo is None:
@@ -85,7 +106,10 @@ def quick_product(packed: ShflBWMatrix, kind: str, x: Any, bias: Any, activation
     if address & 15:
         return None
     shape, stride = memo.out_shape, memo.out_stride
-    out = x.new_empty(shape) if stride is None else x.new_empty_strided(shape, stride)
+    if out is None:
+        out = x.new_empty(shape) if stride is None else x.new_empty_strided(shape, stride)
+    elif stride is not None or not takes_result(out, x, shape):
+        return None
     out_at, bias_at = out.data_ptr(), 0 if bias is None else bias.data_ptr()
     if isinstance(memo, FewColumnsMemo):
         _launch_few(memo.road, x, address, out_at, bias_at)

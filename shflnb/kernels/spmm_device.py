@@ -18,7 +18,7 @@ from ..errors import ArgumentError, DtypeError, ShapeError
 from ..formats.shflbw import ShflBWMatrix
 from .config import Config, ceil_div
 from .device_call import Call, run, run_few, run_linear
-from .memo import KINDS, ProductMemo, ProductPart, memo_key, quick_product
+from .memo import KINDS, ProductMemo, ProductPart, memo_key, quick_product, takes_result
 from .operands import (
     ALIGNED,
     check_activation,
@@ -55,10 +55,9 @@ def device_matmul(
 
     float16 and bfloat16, float32 accumulation. Workspace: none for aligned arrays with contiguous columns.
     """
-    is_torch = kind_of(x) == "torch-cuda"
-    quick = is_torch and residual is None and out is None and config is None
+    quick = kind_of(x) == "torch-cuda" and residual is None and config is None
     if quick and not needs_gradient(x, bias):
-        done = quick_product(packed, "matmul", x, bias, activation)
+        done = quick_product(packed, "matmul", x, bias, activation, out)
         if done is not None:
             return done
     refuse_gradient(x=x, bias=bias, residual=residual)
@@ -90,6 +89,7 @@ def device_matmul(
             raise ArgumentError("out overlaps x or residual in memory; pass an array of its own")
     if m == 0 or n == 0:
         return result
+    quick = quick and takes_result(result, x, out_shape)
     call = Call(packed, x, view)
     if isinstance(config, SkinnyConfig) or (config is None and has_few_columns(n, call.context.capability)):
         few = run_few(call, rows, out_rows, n, bias_at, res_rows, activation, out_shape, config=config)
@@ -122,9 +122,9 @@ def device_linear(
     """
     if layout not in ("token", "feature"):
         raise ArgumentError(f"layout is {layout!r}; expected 'token' or 'feature'")
-    quick = kind_of(x) == "torch-cuda" and residual is None and out is None and config is None
+    quick = kind_of(x) == "torch-cuda" and residual is None and config is None and (out is None or layout == "token")
     if quick and not needs_gradient(x, bias):
-        done = quick_product(packed, KINDS[layout], x, bias, activation)
+        done = quick_product(packed, KINDS[layout], x, bias, activation, out)
         if done is not None:
             return done
     refuse_gradient(x=x, bias=bias, residual=residual)
@@ -168,6 +168,7 @@ def device_linear(
     if result is None:
         result = out_flat if len(shape) == 2 else out_flat.reshape(*lead, m)
     if m and n:
+        quick = quick and (out is None or takes_result(out, x, (*lead, m)))
         stride = tuple(result.stride()) if quick and layout == "feature" else None
         memo = _enqueue_linear(call, rows_of(view), out_at, bias_at, res, activation, config, (*lead, m), stride)
         if quick and memo is not None and flat.data_ptr() == x.data_ptr():

@@ -321,6 +321,13 @@ class PlayedTensor:
 
     def __init__(self, device: EmulatedDevice, view: EmulatedArray) -> None:
         self.device, self.view, self.dtype, self.shape = device, view, view.dtype, view.shape
+        self.requires_grad = False
+
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def is_contiguous(self) -> bool:
+        return self.view.strides == (self.shape[1], 1)
 
     def data_ptr(self) -> int:
         return self.view.address
@@ -362,7 +369,10 @@ def test_the_short_road_between_layouts(n: int, is_feature: bool, layout: str, m
     assert device.launched == 2 * launched
     assert n < 64 or len(launched) == 1 + (not is_feature) + (layout == "token")
     assert y.stride() == out.strides and device.machine.memory.unwritten_reads == 0
-    for result in (out, y.view):
+    given, shifted = (PlayedTensor(device, device.empty(n, m, "float16", shift=shift)) for shift in (0, 1))
+    found = [quick_product(packed, memo.KINDS[layout], x, played_bias, "relu", result) for result in (given, shifted)]
+    assert found == ([None, None] if layout == "feature" else [given, None])
+    for result in (out, y.view, *(one.view for one in found if one is not None)):
         assert (device.read(result).T.astype(np.float64) == want).all()
 
 

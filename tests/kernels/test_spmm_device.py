@@ -19,8 +19,10 @@ pytest.importorskip("numba.cuda", reason="needs numba-cuda (extra cu12 or cu13)"
 import gpu_cases as cases
 from gpu_cases import ACTIVATION_OF, DTYPE_NAMES, Guarded, Verdicts, dense_of, equal_packed, expected, random_packed
 
+from shflnb.errors import ArgumentError
 from shflnb.kernels.config import EPILOGUES, Config
 from shflnb.kernels.launch import device_context
+from shflnb.kernels.memo import FewColumnsMemo, ProductMemo
 from shflnb.kernels.spmm_device import device_linear, device_matmul
 from shflnb.kernels.spmm_plan import tokens_at_once
 
@@ -320,6 +322,28 @@ def test_linear_takes_the_view_that_linear_returned() -> None:
     seen = Verdicts()
     seen.add("chain", y.T, expected(dense_of(second), hidden.T))
     seen.check()
+
+
+@pytest.mark.parametrize("n", [8, 16, 40, 200])
+def test_results_given_again_and_again(n: int) -> None:
+    """The first call remembers what the next ones launch; another result is written by the same launches."""
+    seen = Verdicts()
+    packed = random_packed(640, 512, 64, seed=n)
+    x = normal((n, 512), "float16")
+    feature, want = x.T.contiguous(), expected(dense_of(packed), x.T)
+    for number in range(3):
+        token_out, feature_out = (torch.full(shape, float("nan"), dtype=x.dtype, device="cuda")
+                                  for shape in ((n, 640), (640, n)))  # fmt: skip
+        assert device_linear(x, packed, out=token_out) is token_out
+        assert device_matmul(packed, feature, out=feature_out) is feature_out
+        seen.add(f"linear {n} {number}", token_out.T, want)
+        seen.add(f"matmul {n} {number}", feature_out, want)
+        kept = [memo for memo in packed.launch_cache.values() if isinstance(memo, FewColumnsMemo | ProductMemo)]
+        assert len(kept) == 2
+    seen.check()
+    both = torch.zeros(640 * n, dtype=x.dtype, device="cuda")
+    with pytest.raises(ArgumentError, match="overlaps"):
+        device_matmul(packed, both[: 512 * n].view(512, n), out=both.view(640, n))
 
 
 @pytest.mark.parametrize("v", [64, 128])
