@@ -22,13 +22,13 @@ from .ptx import (
     ld_global_u16_u32,
     ld_global_u32,
     ld_global_v4,
+    ld_shared_u32,
     ld_shared_v4,
     st_global_v4,
     st_shared_v4,
     unpack_high,
     unpack_low,
 )
-from .ptx_cluster import ld_shared_u32
 
 __all__ = ["ALIGNED", "BIAS_F32", "HAS_BIAS", "HAS_RESIDUAL", "NO_ROW", "fetch_chunk", "load_bias_word",
            "make_activation", "make_add_residual", "make_bias_value", "make_load_bias", "store_chunk"]  # fmt: skip

@@ -18,16 +18,8 @@ from .skinny_plan import SkinnyRoad, launch_skinny
 from .transpose_config import transpose_flags
 from .views import torch_stream
 
-__all__ = [
-    "KINDS",
-    "FewColumnsMemo",
-    "ProductMemo",
-    "ProductPart",
-    "memo_key",
-    "quick_product",
-    "quick_transpose",
-    "takes_result",
-]
+__all__ = ["KINDS", "FewColumnsMemo", "ProductMemo", "ProductPart", "memo_key", "quick_product", "quick_transpose",
+           "takes_result"]  # fmt: skip
 
 KINDS = {"token": "linear", "feature": "linear, feature-major"}
 """By the layout of a result of `linear`, what its memos are kept under; those of `matmul` under "matmul"."""

@@ -11,8 +11,8 @@ from numba.cuda import types
 from .ptx import f32, instruction, u32, u64
 
 __all__ = ["bulk_copy_g2s_hint", "bulk_prefetch_l2", "cluster_arrive_relaxed", "cluster_wait", "evict_first",
-           "grid_launch_dependents", "grid_wait", "high_halves", "ld_global_l2_u16_if", "ld_global_u16_below",
-           "ld_shared_f32", "ld_shared_u32", "low_halves", "nanosleep", "rank_address", "st_async_f32"]  # fmt: skip
+           "grid_launch_dependents", "grid_wait", "high_halves", "ld_global_l2_u16_below", "ld_global_u16_below",
+           "ld_shared_f32", "low_halves", "nanosleep", "rank_address", "st_async_f32"]  # fmt: skip
 
 # --- clusters --------------------------------------------------------------------------------------------------------
 cluster_arrive_relaxed = instruction(
@@ -53,16 +53,13 @@ _ld_shared_v4_f32 = instruction(
     "Load 4 float32.", "ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", (u32,), "=f,=f,=f,=f,r,~{memory}",
     types.UniTuple(f32, 4))  # fmt: skip
 ld_shared_f32 = {1: _ld_shared_f32, 2: _ld_shared_v2_f32, 4: _ld_shared_v4_f32}
-ld_shared_u32 = instruction("Load 4 bytes.", "ld.shared.u32 $0, [$1];", (u32,), "=r,r,~{memory}", u32)
+_U16_BELOW = "{{ .reg .pred p; setp.lt.u32 p, $2, $3; mov.u32 $0, 0; @p {} $0, [$1]; }}"
 ld_global_u16_below = instruction(
     "Load 2 bytes, with zeros above them, if the second argument is below the third; else read nothing and give 0.",
-    "{ .reg .pred p; setp.lt.u32 p, $2, $3; mov.u32 $0, 0; @p ld.global.u16 $0, [$1]; }", (u64, u32, u32),
-    "=r,l,r,r,~{memory}", u32)  # fmt: skip
-ld_global_l2_u16_if = instruction(
-    "Load 2 bytes past L1, with zeros above them, if the second argument is not negative and the third below the "
-    "fourth; else read nothing and give 0.",
-    "{ .reg .pred p; setp.lt.u32 p, $3, $4; setp.ge.and.s32 p, $2, 0, p; mov.u32 $0, 0; "
-    "@p ld.global.cg.u16 $0, [$1]; }", (u64, u32, u32, u32), "=r,l,r,r,r,~{memory}", u32)  # fmt: skip
+    _U16_BELOW.format("ld.global.u16"), (u64, u32, u32), "=r,l,r,r,~{memory}", u32)  # fmt: skip
+ld_global_l2_u16_below = instruction(
+    "As `ld_global_u16_below`, past L1.",
+    _U16_BELOW.format("ld.global.cg.u16"), (u64, u32, u32), "=r,l,r,r,~{memory}", u32)  # fmt: skip
 evict_first = instruction(
     "L2 policy of data that are the first to leave.", "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", (), "=l",
     u64)  # fmt: skip

@@ -214,7 +214,8 @@ class SkinnyConfig:
         if self.epilogue not in EPILOGUES:
             raise ArgumentError(f"epilogue is {self.epilogue!r}; expected one of {EPILOGUES}")
         if self.blocks_per_sm not in (1, 2) or not 4 <= self.stages <= MOST_STAGES:
-            raise ArgumentError(f"{self.blocks_per_sm} blocks, {self.stages} stages; expected 1 or 2, and 4 to 20")
+            raise ArgumentError(f"{self.blocks_per_sm} blocks, {self.stages} stages; expected 1 or 2, and 4 to "
+                                f"{MOST_STAGES}")  # fmt: skip
         if self.stitchers not in (4, 8) or self.stitchers > self.stages:
             raise ArgumentError(f"{self.stitchers} stitching warps, {self.stages} stages; expected 4 or 8, and as many "
                                 "stages")  # fmt: skip

@@ -18,7 +18,7 @@ from numba import cuda
 from numba.cuda import types
 
 from .ptx import ld_global_u16, ld_global_v2, ld_global_v4, st_global_u16, st_global_v4
-from .ptx_cluster import grid_launch_dependents, grid_wait, high_halves, ld_global_l2_u16_if, low_halves
+from .ptx_cluster import grid_launch_dependents, grid_wait, high_halves, ld_global_l2_u16_below, low_halves
 from .skinny_config import FOURS, TURN_CHUNKS, TURN_THREADS
 
 __all__ = ["make_turn_in", "make_turn_out"]
@@ -154,8 +154,8 @@ def make_turn_out() -> Callable[..., Any]:
                 for f in range(8):
                     row, own = at + u64(f) * ld * u64(2), there if u32(f) < left else u32(0)
                     for q in range(4):
-                        low = ld_global_l2_u16_if(row + u64(4 * q), u32(0), u32(2 * q), own)
-                        high = ld_global_l2_u16_if(row + u64(4 * q + 2), u32(0), u32(2 * q + 1), own)
+                        low = ld_global_l2_u16_below(row + u64(4 * q), u32(2 * q), own)
+                        high = ld_global_l2_u16_below(row + u64(4 * q + 2), u32(2 * q + 1), own)
                         w[4 * f + q] = low_halves(low, high)
             to = dst + (u64(chunk) * u64(8) * stride + u64(feature)) * u64(2)
             for q in range(4):

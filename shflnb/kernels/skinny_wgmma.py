@@ -40,6 +40,7 @@ from .ptx import (
     fence_proxy_async,
     ld_global_nc_v2,
     ld_global_nc_v4,
+    ld_shared_u32,
     ld_shared_v4,
     mad_wide_u32,
     make_wgmma,
@@ -67,7 +68,6 @@ from .ptx_cluster import (
     grid_launch_dependents,
     grid_wait,
     ld_global_u16_below,
-    ld_shared_u32,
     low_halves,
     nanosleep,
 )
