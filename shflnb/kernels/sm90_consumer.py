@@ -21,6 +21,7 @@ from .ptx import (
     no_unroll,
     opaque,
     setmaxnreg_inc,
+    shuffle,
     wgmma_commit,
     wgmma_fence,
     wgmma_wait,
@@ -106,10 +107,11 @@ def make_consumer(config: Config) -> Callable[..., Any]:
             release, kt = u32(0), u32(0)
             while kt < count:
                 no_unroll()
+                stage_at = shuffle(u32(base + stage * u32(stage_bytes)), u32(0))  # one value for the warp
                 mbarrier_wait_parity(u32(full + stage * u32(8)), phase)
                 fence_proxy_async()
                 wgmma_fence()
-                multiply(acc, u32(base + stage * u32(stage_bytes)), who)
+                multiply(acc, stage_at, who)
                 wgmma_commit()
                 wait_one()
                 if leader and kt > u32(0):

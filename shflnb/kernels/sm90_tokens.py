@@ -66,8 +66,9 @@ def make_tokens_side(config: Config) -> tuple[int, int, Callable[..., Any], Call
     step_a = 16 * ATOM_BYTES >> 4
     step_b = 2 * (v // 8) * CORE_BYTES >> 4
     atom_step = tile_k * ATOM_BYTES >> 4
-    desc_a0 = atom_step << 16 | (8 * ATOM_BYTES >> 4) << 32 | SWIZZLE_128B
-    desc_b0 = ((v // 8) * CORE_BYTES >> 4) << 16 | (CORE_BYTES >> 4) << 32
+    # halves of descriptors; nothing is carried from the lower ones, whose sums are made in uniform registers
+    low_a0, high_a = atom_step << 16, (8 * ATOM_BYTES >> 4) << 32 | SWIZZLE_128B
+    low_b0, high_b = ((v // 8) * CORE_BYTES >> 4) << 16, (CORE_BYTES >> 4) << 32
     finish0, finish1, finish2, finish3 = (make_finish(config, min(i, atoms - 1)) for i in range(4))
     pitch = own_n * 2 + 16
     row_chunks = own_n // 8
@@ -87,19 +88,18 @@ def make_tokens_side(config: Config) -> tuple[int, int, Callable[..., Any], Call
 
     @cuda.jit(device=True, forceinline=True)
     def multiply(acc, stage_at, who):
-        a_at = u64(stage_at >> u32(4))
+        a_at = u32(stage_at >> u32(4))
         if not alternate:
-            a_at += u64(who) * u64(atoms * atom_step)
-        desc_a = u64(desc_a0) | a_at
-        desc_b = u64(desc_b0) | u64(u32(stage_at + u32(x_bytes)) >> u32(4))
+            a_at = u32(a_at + who * u32(atoms * atom_step))
+        low_a, low_b = u32(a_at | u32(low_a0)), u32(u32(u32(stage_at + u32(x_bytes)) >> u32(4)) | u32(low_b0))
         for step in range(steps):
-            at = desc_a + u64(step * step_a)
-            wgmma0(acc, at, desc_b + u64(step * step_b))
+            at, own_b = u32(low_a + u32(step * step_a)), u64(u32(low_b + u32(step * step_b))) | u64(high_b)
+            wgmma0(acc, u64(at) | u64(high_a), own_b)
             if atoms > 1:
-                wgmma1(acc, at + u64(atom_step), desc_b + u64(step * step_b))
+                wgmma1(acc, u64(u32(at + u32(atom_step))) | u64(high_a), own_b)
             if atoms > 2:
-                wgmma2(acc, at + u64(2 * atom_step), desc_b + u64(step * step_b))
-                wgmma3(acc, at + u64(3 * atom_step), desc_b + u64(step * step_b))
+                wgmma2(acc, u64(u32(at + u32(2 * atom_step))) | u64(high_a), own_b)
+                wgmma3(acc, u64(u32(at + u32(3 * atom_step))) | u64(high_a), own_b)
 
     @cuda.jit(device=True, forceinline=True)
     def store(acc, targets, words, column_tile, staging, who, tid, n, out, residual, ldo, ldr, flags):
