@@ -104,6 +104,10 @@ cp_async_16_unless_negative = instruction(
     "and write zeros. One machine instruction, where a byte count known only at run time costs ten.",
     "{ .reg .pred skip; setp.lt.s32 skip, $2, 0; cp.async.cg.shared.global [$0], [$1], 16, skip; }",
     (u32, u64, u32), "r,l,r,~{memory}")  # fmt: skip
+cp_async_16_below = instruction(
+    "The same, if the third argument is below the fourth; else read nothing and write zeros.",
+    "{ .reg .pred skip; setp.ge.u32 skip, $2, $3; cp.async.cg.shared.global [$0], [$1], 16, skip; }",
+    (u32, u64, u32, u32), "r,l,r,r,~{memory}")  # fmt: skip
 cp_async_16_whole = instruction(
     "Copy 16 bytes between 16-byte aligned addresses, global to shared memory.",
     "cp.async.cg.shared.global [$0], [$1], 16;", (u32, u64), "r,l,~{memory}")  # fmt: skip
@@ -162,6 +166,9 @@ st_global_u32 = instruction("Store 4 bytes.", "st.global.u32 [$0], $1;", (u64, u
 st_global_f32 = instruction("Store a float32.", "st.global.f32 [$0], $1;", (u64, f32), "l,f,~{memory}")
 ld_shared_u16 = instruction("Load 2 bytes.", "ld.shared.u16 $0, [$1];", (u32,), "=h,r,~{memory}", types.uint16)
 ld_shared_u32 = instruction("Load 4 bytes.", "ld.shared.u32 $0, [$1];", (u32,), "=r,r,~{memory}", u32)
+ld_shared_v2 = instruction(
+    "Load 8 bytes of shared memory as 2 words.", "ld.shared.v2.u32 {$0,$1}, [$2];", (u32,), "=r,=r,r,~{memory}",
+    types.UniTuple(u32, 2))  # fmt: skip
 ld_shared_v4 = instruction(
     "Load 16 bytes.", "ld.shared.v4.u32 {$0,$1,$2,$3}, [$4];", (u32,), "=r,=r,=r,=r,r,~{memory}",
     types.UniTuple(u32, 4))  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from .config import EPILOGUES
 from .launch import KernelSpec
 from .select import candidates
-from .skinny_config import SkinnyConfig
+from .skinny_config import NARROW_K, SkinnyConfig
 from .skinny_plan import kernel_spec as skinny_spec
 from .skinny_plan import turn_in_spec, turn_out_spec
 from .skinny_select import few_candidates, parts_candidates
@@ -46,10 +46,10 @@ def _moves(arch: str) -> Iterator[KernelSpec]:
 
 
 def _few_configs() -> Iterator[SkinnyConfig]:
-    """All that `skinny_select.choose_few` may take, and those for several matrices at once."""
+    """All that `skinny_select.choose_few` may take, and those for several matrices at once; wide ones, too."""
     for v, tokens, dtype in itertools.product((16, 32, 64, 128), (16, 32, 64), ("float16", "bfloat16")):
-        yield from few_candidates(v, tokens, dtype)
-        yield from parts_candidates(v, tokens, dtype)
+        for config in (*few_candidates(v, tokens, dtype), *parts_candidates(v, tokens, dtype)):
+            yield from (config.for_columns(k) for k in (NARROW_K, NARROW_K + 1))
 
 
 def _few_columns(arch: str) -> Iterator[KernelSpec]:

@@ -39,7 +39,7 @@ def ahead_table(records: np.ndarray, addresses: np.ndarray, config: SkinnyConfig
     # as `make_own_tiles` and `first_place` of `skinny_wgmma.py`
     begin, end = tiles * ranks // config.ranks, tiles * (ranks + 1) // config.ranks
     place = (group * FIRST_PLACES % 2**32) * (end - begin) >> 32
-    tile_bytes = np.array([config.w_bytes, TILE_K * 4], np.uint64)
+    tile_bytes = np.array([config.w_bytes, TILE_K * config.id_bytes], np.uint64)
     most = np.uint64(max(1, AHEAD_BYTES // (begin.size * int(tile_bytes.sum()))))
     to_end = np.minimum(end - begin - place, most)
     from_begin = np.minimum(place, most - to_end)  # where it goes on after the last tile

@@ -9,16 +9,25 @@ from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
 __all__ = ["ACTIVATED", "BARRIER_BYTES", "DEEP_STAGES", "EQUAL_LONG_TOKENS", "EQUAL_TOKENS", "FIRST_PLACES", "FOURS",
-           "MAX_N", "MOST_STAGES", "PACED", "PARTS_RANKS", "SHORT_TILES", "STITCH_ALONE_STAGES", "STITCH_FEW_STAGES",
-           "STITCH_STAGES", "TILE_K", "TOKENS_STAGES_32", "TURNED_STAGES", "TURN_CHUNKS", "TURN_IN_FEATURES",
-           "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config", "config_of", "has_parts", "is_paced",
-           "memory_us", "predict_us", "room_for", "stores_directly", "takes_tokens", "without_clusters"]  # fmt: skip
+           "MAX_N", "MOST_STAGES", "NARROW_K", "NO_COLUMN", "PACED", "PARTS_RANKS", "SHORT_TILES",
+           "STITCH_ALONE_STAGES", "STITCH_FEW_STAGES", "STITCH_STAGES", "TILE_K", "TOKENS_STAGES_32", "TURNED_STAGES",
+           "TURN_CHUNKS", "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config",
+           "config_of", "has_parts", "is_paced", "memory_us", "predict_us", "room_for", "stores_directly",
+           "takes_tokens", "without_clusters"]  # fmt: skip
 
 MAX_N = 64
 """Columns that the kernel has room for."""
 
 TILE_K = 64
 """Kept columns of a stage."""
+
+NO_COLUMN = {False: 0xFFFF, True: 0xFFFFFFFF}
+"""The column id of a place without a column, by whether ids are wide."""
+
+NARROW_K = NO_COLUMN[False]
+"""Most columns of a matrix whose ids have 2 bytes. They are read once with the weights: with 4 bytes they are 3 % of
+these in groups of 64 rows, 6 % in groups of 32 (28672 x 4096, 75 %, 1 column: 13.3 us in place of 13.5, groups of 32
+rows 14.3 in place of 14.6; H200, 2026-11-28)."""
 
 MOST_STAGES = 20
 """Of a ring."""
@@ -203,6 +212,8 @@ class SkinnyConfig:
     """Whether there are several packed matrices, each with its own result (`skinny_parts.py`)."""
     stitchers: int = 4
     """Warps that stitch x, each a stage at a time: 4 or 8, and no more than there are stages."""
+    wide: bool = False
+    """Whether column ids have 4 bytes and not 2, as they must where k is more than `NARROW_K`."""
 
     def __post_init__(self) -> None:
         if self.v not in (16, 32, 64, 128) or self.chunks not in (2, 4, 8):
@@ -276,6 +287,11 @@ class SkinnyConfig:
         return 32 * (4 + self.stitchers + 1)
 
     @property
+    def id_bytes(self) -> int:
+        """Bytes of a column id."""
+        return 4 if self.wide else 2
+
+    @property
     def id_slots(self) -> int:
         """Stages of column ids that a stitching warp keeps in shared memory, a power of two."""
         return 8 if self.stitchers == 4 else 4
@@ -287,7 +303,7 @@ class SkinnyConfig:
 
     @property
     def ids_bytes(self) -> int:
-        """Shared memory of the column ids on their way, for all stitching warps."""
+        """Shared memory of the column ids on their way, for all stitching warps; as much as wide ones need."""
         return self.stitchers * self.id_slots * TILE_K * 4
 
     @property
@@ -310,13 +326,17 @@ class SkinnyConfig:
         """The kernel's name, as a profiler shows it."""
         kind = {"float16": "f16", "bfloat16": "bf16"}[self.dtype]
         ways = f"{'_tokens' if self.token_major else ''}{'_parts' if self.parts else ''}"
-        ways += "" if self.stitchers == 4 else f"_w{self.stitchers}"
+        ways += ("" if self.stitchers == 4 else f"_w{self.stitchers}") + ("_wide" if self.wide else "")
         return (f"shflbw_skinny90_{kind}_v{self.v}_n{8 * self.chunks}_r{self.ranks}_s{self.stages}"
                 f"_b{self.blocks_per_sm}{ways}_{self.epilogue}")  # fmt: skip
 
     def with_epilogue(self, epilogue: str) -> SkinnyConfig:
         """The same kernel with another epilogue."""
         return self if epilogue == self.epilogue else replace(self, epilogue=epilogue)
+
+    def for_columns(self, k: int) -> SkinnyConfig:
+        """The same kernel for the column ids of a matrix with k columns."""
+        return self if self.wide == (k > NARROW_K) else replace(self, wide=not self.wide)
 
 
 def _smem_room(blocks_per_sm: int) -> int:
@@ -478,7 +498,7 @@ def without_clusters(config: SkinnyConfig) -> SkinnyConfig:
         blocks, stitchers, stages = 2, 4, STITCH_STAGES if config.v == 64 and not config.parts else MOST_STAGES
     alone = config_of(config.v, n, 1, config.dtype, blocks, token_major=config.token_major, parts=config.parts,
                       stitchers=stitchers, stages=stages)  # fmt: skip
-    return alone.with_epilogue(config.epilogue)
+    return replace(alone, epilogue=config.epilogue, wide=config.wide)
 
 
 def memory_us(nbytes: int, sm_count: int) -> float:

@@ -20,7 +20,7 @@ from .launch import DeviceContext, DeviceMemory
 from .queue import tile_queue
 from .skinny_ahead import ahead_table
 from .skinny_config import ACTIVATED, TILE_K, choose_config, room_for, takes_tokens
-from .skinny_plan import SkinnyPlan, SkinnyRoad, find_room, turn_of_x
+from .skinny_plan import SkinnyPlan, SkinnyRoad, find_room, turn_of_x, weight_addresses
 from .spmm_plan import device_weights
 
 __all__ = ["Part", "Parts", "part_queue", "part_table"]
@@ -99,9 +99,10 @@ class Parts:
             groups, in_all = sum(len(counts) for _, counts in tiles), sum(int(counts.sum()) for _, counts in tiles)
             config = choose_config(self.v, n, groups, in_all, self.dtype, context.sm_count,
                                    token_major=token_major, parts=True)  # fmt: skip
-            config, kernel, clusters = find_room(config.with_epilogue(self.epilogue), groups, context, stream)
+            config = config.with_epilogue(self.epilogue).for_columns(self.k)
+            config, kernel, clusters = find_room(config, groups, context, stream)
             context.refuse_capture(stream, "upload the work queue")
-            addresses = [(w.memory.addresses[0], w.memory.addresses[1]) for w in self.weights]
+            addresses = [weight_addresses(w, config) for w in self.weights]
             records = part_queue(tiles, addresses, clusters)
             table = ahead_table(records[0], records[0, :, 4:].view(np.uint64), config)
             with context.current():

@@ -29,7 +29,7 @@ from .skinny_select import choose_few
 from .spmm_plan import DeviceWeights, device_weights, keep, problem_of, tuned_entries
 
 __all__ = ["SkinnyPlan", "SkinnyRoad", "chosen_config", "equal_groups", "find_room", "kernel_spec", "launch_skinny",
-           "skinny_plan", "turn_of_out", "turn_of_x", "turn_in_spec", "turn_out_spec"]  # fmt: skip
+           "skinny_plan", "turn_of_out", "turn_of_x", "turn_in_spec", "turn_out_spec", "weight_addresses"]  # fmt: skip
 
 ARGUMENTS = 18
 
@@ -161,10 +161,12 @@ def skinny_plan(
     if plan is None:
         weights = device_weights(packed, context, "sm90", TILE_K, stream)
         groups = len(weights.counts)
-        config, kernel, clusters = find_room(config.with_epilogue(epilogue), groups, context, stream)
+        config = config.with_epilogue(epilogue).for_columns(packed.shape[1])
+        config, kernel, clusters = find_room(config, groups, context, stream)
         queue, spans = _device_queue(packed, context, weights, config, clusters, stream)
         launch_config = kernel.config(clusters, cluster=config.ranks, is_chained=True)
-        values, columns, rows = weights.memory.addresses
+        values, columns = weight_addresses(weights, config)
+        rows = weights.memory.addresses[2]
         head = values, columns, queue.addresses[0], rows
         ahead = queue.addresses[1], spans
         equal = equal_groups(weights.first, weights.counts)
@@ -173,6 +175,12 @@ def skinny_plan(
                           EQUAL_LONG_TOKENS if is_long else EQUAL_TOKENS, problem_of(packed, 1).density)  # fmt: skip
         keep(packed, key, plan)
     return plan
+
+
+def weight_addresses(weights: DeviceWeights, config: SkinnyConfig) -> tuple[int, int]:
+    """Addresses of the values and of the column ids that a kernel reads."""
+    addresses = weights.memory.addresses
+    return addresses[0], addresses[1 if config.wide else 3]
 
 
 def equal_groups(first: np.ndarray, counts: np.ndarray) -> int:
@@ -192,7 +200,7 @@ def _device_queue(
     if found is None:
         context.refuse_capture(stream, "upload the work queue")
         queue = tile_queue(weights.first, weights.counts, 1, clusters, 1)
-        addresses = np.array([weights.memory.addresses[:2]], np.uint64)
+        addresses = np.array([weight_addresses(weights, config)], np.uint64)
         table = ahead_table(queue[0], addresses.repeat(clusters, 0), config)
         with context.current():
             found = packed.launch_cache[key] = DeviceMemory(context, [queue, table]), len(table)

@@ -32,7 +32,7 @@ from numba.cuda import types
 from .config import CORE_BYTES, SWIZZLE_128B
 from .ptx import (
     cp_async_16,
-    cp_async_16_unless_negative,
+    cp_async_16_below,
     cp_async_16_whole,
     cp_async_commit,
     cp_async_mbarrier_arrive_noinc,
@@ -40,7 +40,9 @@ from .ptx import (
     fence_proxy_async,
     ld_global_nc_v2,
     ld_global_nc_v4,
+    ld_shared_u16,
     ld_shared_u32,
+    ld_shared_v2,
     ld_shared_v4,
     mad_wide_u32,
     make_wgmma,
@@ -71,12 +73,12 @@ from .ptx_cluster import (
     low_halves,
     nanosleep,
 )
-from .skinny_config import BARRIER_BYTES, FIRST_PLACES, PACED, TILE_K, SkinnyConfig
+from .skinny_config import BARRIER_BYTES, FIRST_PLACES, NO_COLUMN, PACED, TILE_K, SkinnyConfig
 from .skinny_exchange import make_finish, make_own_place
 
 __all__ = ["make_skinny_wgmma"]
 
-u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
+u32, u64, f32 = types.uint32, types.uint64, types.float32
 
 SWIZZLE_BITS = {2: 3 << 62, 4: 2 << 62, 8: SWIZZLE_128B}
 # the swizzle of row r is r % 8 of 8 chunks, r // 2 % 4 of 4, r // 4 % 2 of 2
@@ -229,6 +231,45 @@ def make_store_tokens(config: SkinnyConfig, octets: int) -> Callable[..., Any]:
     return store_tokens
 
 
+def make_read_id(config: SkinnyConfig) -> Callable[..., Any]:
+    """Device function: the column id at a shared address."""
+    if config.wide:
+
+        def read_id(at):
+            return ld_shared_u32(at)
+
+    else:
+
+        def read_id(at):
+            return u32(ld_shared_u16(at))
+
+    return cuda.jit(device=True, forceinline=True)(read_id)
+
+
+def make_read_ids(config: SkinnyConfig, count: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Device functions: `words` = so many neighbouring ids (4, 8 or 16) from a shared address on; id j of them."""
+    words_of_ids = count if config.wide else count // 2
+
+    def read_ids(words, at):
+        if words_of_ids == 2:
+            words[0], words[1] = ld_shared_v2(at)
+        else:
+            for q in range(words_of_ids // 4):
+                words[4 * q], words[4 * q + 1], words[4 * q + 2], words[4 * q + 3] = ld_shared_v4(u32(at + u32(16 * q)))
+
+    if config.wide:
+
+        def id_of(words, j):
+            return words[j]
+
+    else:
+
+        def id_of(words, j):
+            return u32(words[j // 2] >> u32(16)) if j % 2 else u32(words[j // 2] & u32(0xFFFF))
+
+    return cuda.jit(device=True, forceinline=True)(read_ids), cuda.jit(device=True, forceinline=True)(id_of)
+
+
 def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
     """Device function of a warp: a stage of stitched x from token-major x; lane l has the stage's columns l and l + 32.
 
@@ -239,11 +280,13 @@ def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
     coarse, mask = SWIZZLES[chunks]
     load_one, load_two = make_load_tokens(1), make_load_tokens(2)
     store_one, store_two = make_store_tokens(config, 1), make_store_tokens(config, 2)
+    read_id, id_bytes, no_column = make_read_id(config), config.id_bytes, NO_COLUMN[config.wide]
 
     @cuda.jit(device=True, forceinline=True)
     def stitch_tokens(stage_at, own_ids, lane, x, n, stride, empty_at, phase):
-        first, second = ld_shared_u32(own_ids), ld_shared_u32(u32(own_ids + u32(128)))
-        first_mask, second_mask = ~u32(i32(first) >> i32(31)), ~u32(i32(second) >> i32(31))  # 0: there is no column
+        first, second = read_id(own_ids), read_id(u32(own_ids + u32(32 * id_bytes)))
+        first_mask = u32(0) if first == u32(no_column) else u32(0xFFFFFFFF)
+        second_mask = u32(0) if second == u32(no_column) else u32(0xFFFFFFFF)
         first, second = u32((first & first_mask) << u32(1)), u32((second & second_mask) << u32(1))
         swizzle = u32((lane >> u32(coarse)) & u32(mask))
         to = u32(stage_at + lane * u32(row_bytes))
@@ -269,24 +312,25 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
     chunks, row_bytes, stages, stage_bytes = config.chunks, config.row_bytes, config.stages, config.stage_bytes
     own_tiles, own_origin = make_own_tiles(config), make_own_origin(config, 1)
     lane_rows = 2 * chunks  # rows of a stage that a lane copies a chunk of
-    fours = lane_rows // 4
     coarse, mask = SWIZZLES[chunks]
     token_major, stitch_tokens, read_record = config.token_major, make_stitch_tokens(config), make_read_record(config)
     stitchers, ids_ahead = config.stitchers, config.ids_ahead
-    slot_bytes, ring_bytes, wait_ids = TILE_K * 4, config.id_slots * TILE_K * 4, cp_async_wait[ids_ahead - 1]
+    id_bytes, no_column = config.id_bytes, NO_COLUMN[config.wide]
+    slot_bytes, wait_ids = TILE_K * id_bytes, cp_async_wait[ids_ahead - 1]
+    ring_bytes = config.id_slots * slot_bytes
+    read_ids, id_of = make_read_ids(config, lane_rows)
 
     def make_copies(cut):
         """Device function that starts the copies of a stage; `cut`: n ends inside a chunk."""
 
         @cuda.jit(device=True, forceinline=True)
-        def copies(to, ids, pitch, x_at, room, beyond):
+        def copies(to, ids, pitch, x_at, room, below):
             for j in range(lane_rows):
-                at = u32((to ^ u32((j >> coarse & mask) << 4)) + u32(j * row_bytes))
+                at, own = u32((to ^ u32((j >> coarse & mask) << 4)) + u32(j * row_bytes)), id_of(ids, j)
                 if cut:
-                    size = room if i32(ids[j]) >= i32(0) else u32(0)
-                    cp_async_16(at, mad_wide_u32(ids[j] & u32(0x7FFFFFFF), pitch, x_at), size)
+                    cp_async_16(at, mad_wide_u32(own, pitch, x_at), room if own < below else u32(0))
                 else:
-                    cp_async_16_unless_negative(at, mad_wide_u32(ids[j], pitch, x_at), u32(ids[j] | beyond))
+                    cp_async_16_below(at, mad_wide_u32(own, pitch, x_at), own, below)
 
         return copies
 
@@ -298,18 +342,16 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
         swizzled = u32(chunk ^ ((first_row >> u32(coarse)) & u32(mask)))
         target = u32(base + first_row * u32(row_bytes) + (swizzled << u32(4)))
         id_ring = u32(id_rings + member * u32(ring_bytes))
-        own_ids = u32(id_ring + first_row * u32(4))
+        own_ids = u32(id_ring + first_row * u32(id_bytes))
         pitch = u32(ldx * u64(2))
         token = u32(chunk * u32(8))
         cut = (n & u32(7)) != u32(0)
-        room, beyond, x_at = u32(0), u32(0), x
+        room, below, x_at = u32(0), u32(0), x  # ids below that are of columns, of which this lane has tokens
         if token < n:
             room = u32(u32(n - token) * u32(2))
             if room > u32(16):
                 room = u32(16)
-            x_at = x + u64(token) * u64(2)
-        else:
-            beyond = u32(0x80000000)
+            below, x_at = u32(no_column), x + u64(token) * u64(2)
         ids = cuda.local.array(lane_rows, u32)
         stage, phase = member, u32(1)
         # the ids of a stage are asked for ids_ahead of this warp's stages before their use. `coming`: stages whose ids
@@ -322,7 +364,7 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
         own = own_tiles(entry[1], entry[2], rank)
         count, step, tiles = own[1], member, entry[2]
         before = first_place(entry[0], count)
-        ids_at = origin + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
+        ids_at = origin + u64(own[0]) * u64(slot_bytes) + u64(lane) * u64(16)
         to_slot, slot, lead, coming = u32(0), u32(0), u32(0), u32(0)
         while lead < u32(ids_ahead) or coming > u32(0):
             while step >= count and tiles > u32(0):  # this warp's next stage: in one of the records that follow
@@ -335,13 +377,13 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
                 own = own_tiles(entry[1], tiles, rank)
                 count = own[1]
                 before = first_place(entry[0], count)
-                ids_at = origin + u64(own[0]) * u64(TILE_K * 4) + u64(lane) * u64(16)
+                ids_at = origin + u64(own[0]) * u64(slot_bytes) + u64(lane) * u64(16)
             if tiles > u32(0):
                 place = u32(step + before)
                 if place >= count:
                     place = u32(place - count)
-                if lane < u32(16):
-                    cp_async_16_whole(u32(id_ring + to_slot + lane * u32(16)), ids_at + u64(place) * u64(TILE_K * 4))
+                if lane < u32(slot_bytes // 16):
+                    cp_async_16_whole(u32(id_ring + to_slot + lane * u32(16)), ids_at + u64(place) * u64(slot_bytes))
                 to_slot = u32((to_slot + u32(slot_bytes)) & u32(ring_bytes - 1))
                 step = u32(step + u32(stitchers))
                 coming = u32(coming + u32(1))
@@ -355,25 +397,20 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
                 wait_ids()
                 warp_sync()
                 if token_major:
-                    stitch_tokens(u32(base + stage * u32(stage_bytes)), u32(id_ring + slot + lane * u32(4)), lane, x, n,
-                                  ldx * u64(2), u32(empty + stage * u32(8)), phase)  # fmt: skip
+                    stitch_tokens(u32(base + stage * u32(stage_bytes)), u32(id_ring + slot + lane * u32(id_bytes)),
+                                  lane, x, n, ldx * u64(2), u32(empty + stage * u32(8)), phase)  # fmt: skip
                     fence_proxy_async()
                     warp_sync()
                     if lane == u32(0):
                         mbarrier_arrive(u32(full + stage * u32(8)))
                 else:
-                    for q in range(fours):
-                        four = ld_shared_v4(u32(own_ids + slot + u32(16 * q)))
-                        ids[4 * q] = four[0]
-                        ids[4 * q + 1] = four[1]
-                        ids[4 * q + 2] = four[2]
-                        ids[4 * q + 3] = four[3]
+                    read_ids(ids, u32(own_ids + slot))
                     mbarrier_wait_parity(u32(empty + stage * u32(8)), phase)
                     to = u32(target + stage * u32(stage_bytes))
                     if cut:
-                        copy_cut(to, ids, pitch, x_at, room, beyond)
+                        copy_cut(to, ids, pitch, x_at, room, below)
                     else:
-                        copy_whole(to, ids, pitch, x_at, room, beyond)
+                        copy_whole(to, ids, pitch, x_at, room, below)
                     cp_async_mbarrier_arrive_noinc(u32(full + stage * u32(8)))
                 slot = u32((slot + u32(slot_bytes)) & u32(ring_bytes - 1))
                 stage = u32(stage + u32(stitchers))
@@ -414,7 +451,7 @@ def make_multiply(config: SkinnyConfig) -> Callable[..., Any]:
 def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     """The kernel function of a config; every argument is uint64 (addresses in bytes, sizes and strides in elements).
 
-    values, columns: as for `spmm_sm90.py` with tile_k 64. queue: for every turn and cluster a record of four uint32,
+    values, columns: as for `spmm_sm90.py` with tile_k 64, but ids of 2 bytes unless `wide`. queue: for every turn and cluster a record of four uint32,
     (group, first k tile, k tiles, 0); a cluster walks its column of the queue until a record with no tiles. rows: the
     output row of every packed row, `NO_ROW` for rows that do not exist. x: feature-major, rows `ldx` apart start at
     16-byte boundaries; or with `token_major` tokens `ldx` apart, anywhere. out and residual: any token and feature

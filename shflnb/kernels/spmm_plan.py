@@ -18,6 +18,7 @@ from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
 from .remembered import load as remembered_entries
 from .select import Choice, choose, linear_tokens, sweep_of
+from .skinny_config import NARROW_K
 from .transpose_config import COPY_THREADS, TRANSPOSE_THREADS, transpose_grid, transpose_smem
 
 __all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "drop_plans", "keep", "kernel_spec",
@@ -34,7 +35,8 @@ class DeviceWeights:
     """A packed matrix in a kernel's layout on a device."""
 
     memory: DeviceMemory
-    """Values, columns and rows, as the kernels take them."""
+    """Values, columns and rows, as the kernels take them; for Hopper's also the columns in 2 bytes each, -1 as 0xFFFF,
+    unless there are too many (`NARROW_K`)."""
     first: np.ndarray
     counts: np.ndarray
     """First k tile and number of k tiles of each group."""
@@ -146,7 +148,10 @@ def _kernel_arrays(layout: KernelLayout, packed: ShflBWMatrix) -> tuple[list[np.
 
 def _arrays_for(packed: ShflBWMatrix, kernel: str, tile_k: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """As `_kernel_arrays`, in the layout of a kernel, "sm90" or "sm80"."""
-    return _kernel_arrays((to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k), packed)
+    arrays, first, counts = _kernel_arrays((to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k), packed)
+    if kernel == "sm90" and packed.shape[1] <= NARROW_K:
+        arrays.append(arrays[1].astype(np.uint16))
+    return arrays, first, counts
 
 
 def device_weights(
@@ -219,7 +224,7 @@ def plan_for(
         tiles = len(weights.counts) * n_tiles
         grid = min(context.sm_count * chosen.blocks_per_sm, tiles) if chosen.kernel == "sm90" else tiles
         memory = device_queue(packed, context, weights, (n_tiles, grid, sweep_of(chosen, problem)), stream)
-        values, columns, rows = weights.memory.addresses
+        values, columns, rows = weights.memory.addresses[:3]
         launch_config = kernel.config(grid, is_chained=chosen.kernel == "sm90")
         plan = Plan(choice, kernel, launch_config, weights, memory, (values, columns, memory.addresses[0], rows))
         keep(packed, key, plan)

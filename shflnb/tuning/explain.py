@@ -202,7 +202,7 @@ def _few_columns(
     m, k, n = problem.m, problem.k, problem.n
     groups, tiles = half.groups, int(np.maximum(1, -(-half.counts // TILE_K)).sum())
     choice = choose_few(problem, tiles, sm_count, "token", table)
-    config = choice.config
+    config = choice.config.for_columns(k)
     registers, resident = (None, config.blocks_per_sm) if ordinal is None else _ask(kernel_spec(config), ordinal)
     nbytes = half.values.nbytes
     shared = "" if config.ranks == 1 else f", {config.ranks} blocks to a group"

@@ -6,6 +6,7 @@ array, a wait that is missing or a wait without end is an error. What the emulat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,30 @@ def test_groups_outnumber_clusters(
     assert any("_tokens_" in name for name in device.launched) == token_major
     assert device.machine.memory.unwritten_reads == 0
     assert (y.T.astype(np.float64) == product(packed, x.T)).all()
+
+
+@pytest.mark.parametrize(("k", "is_wide"), [(65_535, False), (65_536, True)])
+@pytest.mark.parametrize(("n", "token_major"), [(3, True), (20, True), (3, False), (16, False), (40, False)])
+def test_column_ids_of_either_width(
+    k: int, is_wide: bool, n: int, token_major: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups keep the last column, and have places without one."""
+    device = install(monkeypatch, EmulatedDevice(k, sm_count=2))
+    packed = random_packed(69, k, 32, [70, 1, 129], seed=n, integers=True)
+    indices = packed.indices.copy()
+    indices[packed.indptr[1:] - 1] = k - 1
+    packed = replace(packed, indices=indices)
+    config = few_config(32, n, 2, "float16", 1, token_major=token_major)
+    rng = np.random.default_rng(n)
+    x = np.full((n, k), np.nan, np.float16)  # what nobody keeps does no harm
+    x[:, indices] = integers(rng, (n, len(indices)), "float16")
+    want = product(packed, np.where(np.isnan(x), 0, x).T)
+    if token_major:
+        y = device.read(device_linear(device.array(x), packed, config=config)).T
+    else:
+        y = device.read(device_matmul(packed, device.array(np.ascontiguousarray(x.T)), config=config))
+    assert (y.astype(np.float64) == want).all()
+    assert any("_wide_" in name for name in device.launched) == is_wide
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ VOID = {
     "mbarrier_wait_parity": ("mbarrier.try_wait.parity.shared::cta.b64", [u32, u32]),
     "cp_async_16": ("cp.async.cg.shared.global", [u32, u64, u32]),
     "cp_async_16_unless_negative": ("setp.lt.s32 skip", [u32, u64, u32]),
+    "cp_async_16_below": ("setp.ge.u32 skip", [u32, u64, u32, u32]),
     "cp_async_16_whole": ("cp.async.cg.shared.global", [u32, u64]),
     "cp_async_commit": ("cp.async.commit_group;", []),
     "cp_async_mbarrier_arrive_noinc": ("cp.async.mbarrier.arrive.noinc.shared::cta.b64", [u32]),
@@ -66,6 +67,7 @@ QUARTET = {
     "ld_shared_v4": ("ld.shared.v4.u32", [u32]),
     "ldmatrix_x4_trans": ("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", [u32]),
 }
+PAIR = {"ld_shared_v2": ("ld.shared.v2.u32", [u32])}
 TABLES = {
     "cp_async_wait": [("cp.async.wait_group {};", range(8))],
     "wgmma_wait": [("wgmma.wait_group.sync.aligned {};", (0, 1))],
@@ -102,10 +104,12 @@ def test_every_instruction_with_a_result() -> None:
         }
         kernel = wrapped([*names, "out"], f"r = instruction({', '.join(names)}); {store}", scope)
         assert text in ptx_of(kernel, [*arguments, u64]), name
-    for name, (text, arguments) in QUARTET.items():
-        scope = {"instruction": getattr(ptx, name), "st4": ptx.st_global_v4}
-        kernel = wrapped(["a", "out"], "r = instruction(a); st4(out, r[0], r[1], r[2], r[3])", scope)
-        assert text in ptx_of(kernel, [*arguments, u64]), name
+    for count, instructions in ((2, PAIR), (4, QUARTET)):
+        for name, (text, arguments) in instructions.items():
+            scope = {"instruction": getattr(ptx, name), "st4": ptx.st_global_v4}
+            words = ", ".join(f"r[{i % count}]" for i in range(4))
+            kernel = wrapped(["a", "out"], f"r = instruction(a); st4(out, {words})", scope)
+            assert text in ptx_of(kernel, [*arguments, u64]), name
 
 
 def test_the_tables_of_instructions() -> None:

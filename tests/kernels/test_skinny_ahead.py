@@ -25,20 +25,22 @@ from shflnb.kernels.spmm_device import device_linear
 
 # --- the table -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("most", [1, 40_000, 1 << 30])
-@pytest.mark.parametrize(("v", "ranks"), [(64, 1), (64, 2), (32, 4), (128, 8), (16, 2)])
+@pytest.mark.parametrize(
+    ("v", "ranks", "k"), [(64, 1, 4096), (64, 2, 70_000), (32, 4, 65_535), (128, 8, 65_536), (16, 2, 1)]
+)
 def test_the_table_names_what_each_block_reads_first(
-    v: int, ranks: int, most: int, monkeypatch: pytest.MonkeyPatch
+    v: int, ranks: int, k: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(skinny_ahead, "AHEAD_BYTES", most)
     rng = np.random.default_rng(v + ranks)
-    config = config_of(v, 16, ranks, "float16", 1)
+    config = config_of(v, 16, ranks, "float16", 1).for_columns(k)
     records = np.zeros((6, 4), np.uint32)
     records[:, 0] = rng.integers(0, 1 << 20, 6)
     records[:, 2] = tiles = rng.integers(1, 20, 6)
     records[:, 1] = first = rng.integers(0, 1 << 20, 6)
     addresses = rng.integers(1 << 33, 1 << 47, (6, 2)).astype(np.uint64) // np.uint64(256) * np.uint64(256)
     want = set()
-    tile_bytes = (64 * v * 2, 64 * 4)
+    tile_bytes = (64 * v * 2, 64 * (2 if k < 65_536 else 4))
     for cluster in range(6):
         for rank in range(ranks):
             begin, end = tiles[cluster] * rank // ranks, tiles[cluster] * (rank + 1) // ranks
@@ -130,8 +132,8 @@ def test_a_capture_keeps_what_its_graph_reads() -> None:
 def spans_of(packed: ShflBWMatrix) -> list[tuple[int, int]]:
     """(address, bytes) of the values and columns of a matrix that has been on the device."""
     weights = next(kept for key, kept in packed.launch_cache.items() if key[0] == "weights")
-    (values, columns, _), tiles = weights.memory.addresses, int(weights.counts.sum())
-    return [(values, tiles * 64 * packed.v * 2), (columns, tiles * 256)]
+    (values, _, _, ids), tiles = weights.memory.addresses, int(weights.counts.sum())
+    return [(values, tiles * 64 * packed.v * 2), (ids, tiles * 128)]
 
 
 def test_products_in_turns_fetch_each_others_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,20 @@ def test_small_integers_are_exact(v: int, dtype: str) -> None:
     seen.check()
 
 
+@pytest.mark.parametrize("k", [65_535, 65_536, 131_100])
+def test_column_ids_of_either_width(k: int) -> None:
+    """With more columns than 2 bytes can name, in every layout."""
+    packed = random_packed(200, k, 64, [3000, 0, 64, 1], seed=k, integers=True)
+    dense = dense_of(packed).double()
+    seen = Verdicts()
+    for n in (1, 8, 16, 33, 64):
+        x = integers((n, k), "float16", n)
+        want = x.double() @ dense.T
+        seen.same(f"{k} linear n{n}", (shflnb.linear(x, packed).double() == want).all())
+        seen.same(f"{k} matmul n{n}", (shflnb.matmul(packed, x.T.contiguous()).double() == want.T).all())
+    seen.check()
+
+
 @pytest.mark.parametrize("epilogue", list(ACTIVATION_OF)[1:])
 def test_epilogues_keep_the_error_rule(epilogue: str) -> None:
     seen = Verdicts()
