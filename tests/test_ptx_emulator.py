@@ -197,20 +197,19 @@ def team() -> tuple[str, list[np.ndarray], np.ndarray]:
     pytest.importorskip("numba_cuda", reason="needs numba-cuda (extra cu12 or cu13)")
     from gpu_cases import random_packed
 
-    from shflnb.formats.layout import to_wgmma
     from shflnb.kernels import compiler
     from shflnb.kernels.queue import tile_queue
     from shflnb.kernels.skinny_config import SkinnyConfig
     from shflnb.kernels.skinny_plan import kernel_spec
-    from shflnb.kernels.spmm_plan import _kernel_arrays
+    from shflnb.kernels.spmm_plan import _arrays_for
 
     spec = kernel_spec(SkinnyConfig(32, 4, 4, 4))
     ptx = compiler.compile_ptx(spec.make(), spec.signature(), "sm_90a", spec.name, spec.threads, 2)
     packed = random_packed(96, 300, 32, [300, 130, 200], integers=True)
-    (values, columns, rows), first, counts = _kernel_arrays(to_wgmma(packed, 64), packed)
+    (values, _, rows, ids), first, counts = _arrays_for(packed, "sm90", 64)
     x = np.random.default_rng(0).integers(-2, 3, (300, 24)).astype(np.float16)
     want = packed.to_dense().astype(np.float32) @ x.astype(np.float32)
-    return ptx, [values, columns, tile_queue(first, counts, 1, 1, 1), rows, x], want.astype(np.float16)
+    return ptx, [values, ids, tile_queue(first, counts, 1, 1, 1), rows, x], want.astype(np.float16)
 
 
 def multiply_together(ptx: str, arrays: list[np.ndarray], seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpu_cases import random_packed
 from typer.testing import CliRunner
 
 import shflnb
@@ -208,6 +209,12 @@ def test_explain_knows_what_was_tuned_for_few_columns(packed: Any) -> None:
     found = shflnb.explain(packed, 8, device="H200")
     assert found.config == other.name and found.reason.endswith("nothing is turned; tuned here")
     assert shflnb.explain(packed, 9, device="H200").reason.endswith("; the rule")
+
+
+@pytest.mark.parametrize(("k", "is_wide"), [(65_535, False), (65_536, True)])
+def test_explain_names_the_kernel_for_as_many_columns(k: int, is_wide: bool) -> None:
+    found = shflnb.explain(random_packed(64, k, 64, [100]), 8, device="H200")
+    assert ("_wide_" in found.config) == is_wide
 
 
 def test_explain_refuses(packed: Any) -> None:

@@ -451,13 +451,13 @@ def make_multiply(config: SkinnyConfig) -> Callable[..., Any]:
 def make_skinny_wgmma(config: SkinnyConfig) -> Callable[..., Any]:
     """The kernel function of a config; every argument is uint64 (addresses in bytes, sizes and strides in elements).
 
-    values, columns: as for `spmm_sm90.py` with tile_k 64, but ids of 2 bytes unless `wide`. queue: for every turn and cluster a record of four uint32,
-    (group, first k tile, k tiles, 0); a cluster walks its column of the queue until a record with no tiles. rows: the
-    output row of every packed row, `NO_ROW` for rows that do not exist. x: feature-major, rows `ldx` apart start at
-    16-byte boundaries; or with `token_major` tokens `ldx` apart, anywhere. out and residual: any token and feature
-    strides. flags: see `epilogue.py`, and `PACED`. equal: see `make_read_record`, or 0; not used with parts. ahead:
-    `aheads` records of four uint32, (address, low and high, bytes, 0), of what is fetched into L2 for the product that
-    follows.
+    values, columns: as for `spmm_sm90.py` with tile_k 64, but ids of 2 bytes unless `wide`. queue: for every turn and
+    cluster a record of four uint32, (group, first k tile, k tiles, 0); a cluster walks its column of the queue until a
+    record with no tiles. rows: the output row of every packed row, `NO_ROW` for rows that do not exist. x: feature-
+    major, rows `ldx` apart start at 16-byte boundaries; or with `token_major` tokens `ldx` apart, anywhere. out and
+    residual: any token and feature strides. flags: see `epilogue.py`, and `PACED`. equal: see `make_read_record`, or 0;
+    not used with parts. ahead: `aheads` records of four uint32, (address, low and high, bytes, 0), of what is fetched
+    into L2 for the product that follows.
 
     With `parts` values, columns, bias and residual are not used. A record of the queue goes on with two addresses, of
     the values and columns of its part, and its fourth uint32 is the number of the part; groups and k tiles count within
