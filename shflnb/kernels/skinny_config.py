@@ -9,7 +9,7 @@ from ..errors import ArgumentError
 from .config import EPILOGUES, SMEM_LIMIT
 
 __all__ = ["ACTIVATED", "BARRIER_BYTES", "DEEP_STAGES", "EQUAL_LONG_TOKENS", "EQUAL_TOKENS", "FIRST_PLACES", "FOURS",
-           "MAX_N", "MOST_STAGES", "NARROW_K", "NO_COLUMN", "PACED", "PARTS_RANKS", "SHORT_TILES",
+           "MAX_N", "MOST_STAGES", "NARROW_K", "PACED", "PARTS_RANKS", "SHORT_TILES",
            "STITCH_ALONE_STAGES", "STITCH_FEW_STAGES", "STITCH_STAGES", "TILE_K", "TOKENS_STAGES_32", "TURNED_STAGES",
            "TURN_CHUNKS", "TURN_IN_FEATURES", "TURN_OUT_FEATURES", "TURN_THREADS", "SkinnyConfig", "choose_config",
            "config_of", "has_parts", "is_paced", "memory_us", "predict_us", "room_for", "stores_directly",
@@ -21,10 +21,7 @@ MAX_N = 64
 TILE_K = 64
 """Kept columns of a stage."""
 
-NO_COLUMN = {False: 0xFFFF, True: 0xFFFFFFFF}
-"""The column id of a place without a column, by whether ids are wide."""
-
-NARROW_K = NO_COLUMN[False]
+NARROW_K = 0xFFFF
 """Most columns of a matrix whose ids have 2 bytes. They are read once with the weights: with 4 bytes they are 3 % of
 these in groups of 64 rows, 6 % in groups of 32 (28672 x 4096, 75 %, 1 column: 13.3 us in place of 13.5, groups of 32
 rows 14.3 in place of 14.6; H200, 2026-11-28)."""
@@ -292,6 +289,11 @@ class SkinnyConfig:
         return 4 if self.wide else 2
 
     @property
+    def no_column(self) -> int:
+        """The column id of a place without a column."""
+        return (1 << 8 * self.id_bytes) - 1
+
+    @property
     def id_slots(self) -> int:
         """Stages of column ids that a stitching warp keeps in shared memory, a power of two."""
         return 8 if self.stitchers == 4 else 4
@@ -336,7 +338,7 @@ class SkinnyConfig:
 
     def for_columns(self, k: int) -> SkinnyConfig:
         """The same kernel for the column ids of a matrix with k columns."""
-        return self if self.wide == (k > NARROW_K) else replace(self, wide=not self.wide)
+        return replace(self, wide=k > NARROW_K)
 
 
 def _smem_room(blocks_per_sm: int) -> int:

@@ -73,7 +73,7 @@ from .ptx_cluster import (
     low_halves,
     nanosleep,
 )
-from .skinny_config import BARRIER_BYTES, FIRST_PLACES, NO_COLUMN, PACED, TILE_K, SkinnyConfig
+from .skinny_config import BARRIER_BYTES, FIRST_PLACES, PACED, TILE_K, SkinnyConfig
 from .skinny_exchange import make_finish, make_own_place
 
 __all__ = ["make_skinny_wgmma"]
@@ -280,7 +280,7 @@ def make_stitch_tokens(config: SkinnyConfig) -> Callable[..., Any]:
     coarse, mask = SWIZZLES[chunks]
     load_one, load_two = make_load_tokens(1), make_load_tokens(2)
     store_one, store_two = make_store_tokens(config, 1), make_store_tokens(config, 2)
-    read_id, id_bytes, no_column = make_read_id(config), config.id_bytes, NO_COLUMN[config.wide]
+    read_id, id_bytes, no_column = make_read_id(config), config.id_bytes, config.no_column
 
     @cuda.jit(device=True, forceinline=True)
     def stitch_tokens(stage_at, own_ids, lane, x, n, stride, empty_at, phase):
@@ -315,7 +315,7 @@ def make_stitch(config: SkinnyConfig) -> Callable[..., Any]:
     coarse, mask = SWIZZLES[chunks]
     token_major, stitch_tokens, read_record = config.token_major, make_stitch_tokens(config), make_read_record(config)
     stitchers, ids_ahead = config.stitchers, config.ids_ahead
-    id_bytes, no_column = config.id_bytes, NO_COLUMN[config.wide]
+    id_bytes, no_column = config.id_bytes, config.no_column
     slot_bytes, wait_ids = TILE_K * id_bytes, cp_async_wait[ids_ahead - 1]
     ring_bytes = config.id_slots * slot_bytes
     read_ids, id_of = make_read_ids(config, lane_rows)

@@ -18,7 +18,7 @@ from .launch import DeviceContext, DeviceMemory, KernelSpec, LoadedKernel
 from .queue import tile_queue
 from .remembered import load as remembered_entries
 from .select import Choice, choose, linear_tokens, sweep_of
-from .skinny_config import NARROW_K
+from .skinny_config import NARROW_K, TILE_K
 from .transpose_config import COPY_THREADS, TRANSPOSE_THREADS, transpose_grid, transpose_smem
 
 __all__ = ["DeviceWeights", "Plan", "copy_spec", "device_queue", "device_weights", "drop_plans", "keep", "kernel_spec",
@@ -35,8 +35,8 @@ class DeviceWeights:
     """A packed matrix in a kernel's layout on a device."""
 
     memory: DeviceMemory
-    """Values, columns and rows, as the kernels take them; for Hopper's also the columns in 2 bytes each, -1 as 0xFFFF,
-    unless there are too many (`NARROW_K`)."""
+    """Values, columns and rows, as the kernels take them; where the few-column kernel reads them, also the columns in 2
+    bytes each, -1 as 0xFFFF, unless there are too many (`NARROW_K`)."""
     first: np.ndarray
     counts: np.ndarray
     """First k tile and number of k tiles of each group."""
@@ -149,7 +149,7 @@ def _kernel_arrays(layout: KernelLayout, packed: ShflBWMatrix) -> tuple[list[np.
 def _arrays_for(packed: ShflBWMatrix, kernel: str, tile_k: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """As `_kernel_arrays`, in the layout of a kernel, "sm90" or "sm80"."""
     arrays, first, counts = _kernel_arrays((to_wgmma if kernel == "sm90" else to_mma)(packed, tile_k), packed)
-    if kernel == "sm90" and packed.shape[1] <= NARROW_K:
+    if kernel == "sm90" and tile_k == TILE_K and packed.shape[1] <= NARROW_K:
         arrays.append(arrays[1].astype(np.uint16))
     return arrays, first, counts
 
